@@ -1,0 +1,114 @@
+"""User-facing configuration: what to compute, never on which hardware."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+QKFormat = Literal["auto", "int8", "int4"]
+Granularity = Literal["auto", "token", "thread", "warp", "block", "tensor"]
+PVFormat = Literal["auto", "half", "bf16", "fp16", "e4m3", "e4m3_fp16"]
+OnUnsupported = Literal["fallback", "warn", "error"]
+Dispatch = Literal["measured", "always"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SageConfig:
+    """How quantized attention is computed and what happens when it cannot be.
+
+    ``"auto"`` and ``None`` leave the choice to the recipe table of the device (``recipes.py``).
+    Instances are hashable; every field is part of the compile-cache key.
+
+    Source: SageAttention (arXiv 2410.02367), SageAttention2 (arXiv 2411.10958),
+    SageAttention2++ (arXiv 2505.21136).
+    """
+
+    qk: QKFormat = "auto"
+    """Integer format of Q and K codes."""
+
+    granularity: Granularity = "auto"
+    """Rows of Q and K that share one scale."""
+
+    pv: PVFormat = "auto"
+    """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates in
+    fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++)."""
+
+    smooth_q: bool | None = None
+    """Subtract the mean of every 128 query rows before quantization (INT4 recipes)."""
+
+    smooth_k: bool | None = None
+    """Subtract the token mean of K before quantization; the output does not change, only its error."""
+
+    smooth_v: bool | None = None
+    """Subtract the token mean of V before quantization and add it to the output."""
+
+    dispatch: Dispatch = "measured"
+    """``measured`` leaves exact SDPA where it was measured to be faster; ``always`` never does."""
+
+    on_unsupported: OnUnsupported = "fallback"
+    """Unsupported input runs exact SDPA silently, with a warning, or raises NotImplementedError."""
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[object, ...]] = {
+            "qk": get_args(QKFormat),
+            "granularity": get_args(Granularity),
+            "pv": get_args(PVFormat),
+            "smooth_q": (None, True, False),
+            "smooth_k": (None, True, False),
+            "smooth_v": (None, True, False),
+            "dispatch": get_args(Dispatch),
+            "on_unsupported": get_args(OnUnsupported),
+        }
+        for name, valid in choices.items():
+            got = getattr(self, name)
+            if not any(got is v or (isinstance(got, str) and got == v) for v in valid):
+                raise ValueError(f"{name} must be one of {list(valid)}, got {got!r}")
+
+    @classmethod
+    def preset(cls, name: str) -> SageConfig:
+        """Return a named configuration: one of ``PRESETS``.
+
+        Raises:
+            ValueError: if ``name`` is not a preset; the message lists them.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"config must name one of {sorted(PRESETS)}, got {name!r}")
+        return PRESETS[name]
+
+    def with_options(self, **changes: Any) -> SageConfig:
+        """Return a copy with some fields replaced."""
+        return replace(self, **changes)
+
+    def cache_key(self) -> tuple[tuple[str, object], ...]:
+        """Return every field as a stable, hashable key."""
+        return tuple(sorted(asdict(self).items()))
+
+
+PRESETS: dict[str, SageConfig] = {
+    "auto": SageConfig(),
+    "sage1": SageConfig(qk="int8", granularity="block", pv="half", smooth_k=True),
+    "sage2_8b": SageConfig(qk="int8", granularity="thread", pv="e4m3", smooth_k=True),
+    "sage2_4b": SageConfig(
+        qk="int4", granularity="thread", pv="e4m3", smooth_q=True, smooth_k=True
+    ),
+    "sage2pp_8b": SageConfig(qk="int8", granularity="thread", pv="e4m3_fp16", smooth_k=True),
+    "sage2pp_4b": SageConfig(
+        qk="int4", granularity="thread", pv="e4m3_fp16", smooth_q=True, smooth_k=True
+    ),
+}
+
+
+def as_config(config: SageConfig | str | None) -> SageConfig:
+    """Return ``config`` itself, the preset it names, or the default for ``None``.
+
+    Raises:
+        TypeError: if ``config`` is neither.
+        ValueError: if it names no preset.
+    """
+    if config is None:
+        return PRESETS["auto"]
+    if isinstance(config, str):
+        return SageConfig.preset(config)
+    if not isinstance(config, SageConfig):
+        raise TypeError(f"config must be a SageConfig, a preset name or None, got {type(config)}")
+    return config
