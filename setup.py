@@ -1,0 +1,151 @@
+"""Build torch_sage's one native library: LibTorch stable ABI, no CPython API, so one wheel for all.
+
+Environment: CXX; TORCH_SAGE_CUDA=0|1|auto; TORCH_CUDA_ARCH_LIST; TORCH_SAGE_SANITIZE, for example
+"address,undefined", builds build/sanitize/libtorch_sage.so and leaves the package alone.
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+LIBRARY = "torch_sage.libtorch_sage"
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    # A fused multiply-add skips the rounding of the product that the quantizer's definition has.
+    "-ffp-contract=off",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # runs on every torch from 2.11 on
+    "-DTORCH_STABLE_ONLY",
+    *("-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"),
+]
+LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,--no-undefined", "-Wl,-s"]
+# A source whose name ends with a key is compiled for that instruction set, and only on x86-64;
+# csrc/common/cpu_isa.h chooses among them when the library runs. All others are baseline code.
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+}
+
+
+def check_cuda_request() -> None:
+    """Validate TORCH_SAGE_CUDA and TORCH_CUDA_ARCH_LIST; this version has no CUDA sources."""
+    mode = os.environ.get("TORCH_SAGE_CUDA", "auto")
+    if mode not in ("0", "1", "auto"):
+        raise SystemExit(f"TORCH_SAGE_CUDA must be one of 0, 1, auto, got {mode!r}")
+    for arch in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?)?", arch):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST must list capabilities such as 9.0a, got {arch!r}"
+            )
+    if mode == "1" and shutil.which("nvcc") is None:
+        raise SystemExit("TORCH_SAGE_CUDA must be 0 or auto where nvcc is not on PATH, got 1")
+    if mode == "1":
+        raise SystemExit("TORCH_SAGE_CUDA must be 0 or auto: this version has no CUDA kernels")
+
+
+def find_compiler() -> list[str] | None:
+    """Return the C++ compiler command, or None where the package will run without its library."""
+    if sys.platform != "linux":
+        return None
+    if "CXX" in os.environ:
+        return shlex.split(os.environ["CXX"])
+    found = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    return [found] if found else None
+
+
+def isa_flags(source: Path) -> list[str] | None:
+    """Return what instruction set flags ``source`` needs; None: not for this architecture."""
+    for suffix, flags in ISA_FLAGS.items():
+        if source.stem.endswith(suffix):
+            return flags if platform.machine() == "x86_64" else None
+    return []
+
+
+def ninja_file(compiler: list[str], folder: Path, target: Path) -> str:
+    """Return the build graph of the library: a compile edge per source and one link edge."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("torch must be installed where torch_sage is built, got none")
+    torch = Path(spec.origin).parent
+    cflags = [*CXX_FLAGS, "-Icsrc", "-isystem", str(torch / "include")]
+    # No path of the building machine in the binary: error texts and hash are the same everywhere.
+    cflags += [f"-ffile-prefix-map={torch}=torch"]
+    ldflags = [*LINK_FLAGS, f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if sanitizers := os.environ.get("TORCH_SAGE_SANITIZE"):
+        extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"]
+        cflags += [*extra, "-fno-omit-frame-pointer", "-U_FORTIFY_SOURCE"]
+        ldflags = [f for f in ldflags if f != "-Wl,-s"] + extra
+    lines = [
+        f"cxx = {shlex.join(compiler)}",
+        "rule compile",
+        f"  command = $cxx {shlex.join(cflags)} $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in {shlex.join(ldflags)} -o $out",
+    ]
+    objects = []
+    for source in sorted(Path("csrc").rglob("*.cpp")):
+        flags = isa_flags(source)
+        if flags is None:
+            continue
+        objects.append(str(folder / source.with_suffix(".o")))
+        lines += [f"build {objects[-1]}: compile {source}", f"  isa = {shlex.join(flags)}"]
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildLibrary(build_ext):
+    """Runs ninja; the result has no CPython suffix because it is no Python module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the file name inside the package: libtorch_sage.so."""
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link out of tree, then copy the library to where setuptools wants it."""
+        sanitize = bool(os.environ.get("TORCH_SAGE_SANITIZE"))
+        folder = Path("build", "sanitize" if sanitize else "native")
+        built = folder / "libtorch_sage.so"
+        folder.mkdir(parents=True, exist_ok=True)
+        compiler = find_compiler()
+        assert compiler is not None  # else there is no extension to build
+        (folder / "build.ninja").write_text(ninja_file(compiler, folder, built))
+        ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")]
+        subprocess.run(ninja, check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        if not sanitize:
+            self.mkpath(str(target.parent))
+            self.copy_file(str(built), str(target))
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy into the source tree, except a sanitizer build."""
+        if not os.environ.get("TORCH_SAGE_SANITIZE"):
+            super().copy_extensions_to_source()
+
+
+class TagWheel(bdist_wheel):
+    """One wheel for every Python 3: the library does not know the interpreter."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return py3-none-<platform>; pure where nothing was compiled."""
+        return "py3", "none", super().get_tag()[2]
+
+
+check_cuda_request()
+if find_compiler() is None:
+    print("WARNING: no C++ compiler: torch_sage will run torch's own attention", file=sys.stderr)
+setup(
+    ext_modules=[Extension(LIBRARY, [])] if find_compiler() else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TagWheel},
+)
