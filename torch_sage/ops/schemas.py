@@ -7,8 +7,14 @@ Logical shapes are always [batch, heads, seqlen, head_dim]; strides express any 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from torch_sage.ops import checks
+from torch_sage.ops.checks import Size
 
 LIBRARY = torch.library.Library("torch_sage", "DEF")
 OP_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -57,11 +63,175 @@ for _name, _schema in DEFINITIONS.items():
     LIBRARY.define(f"{_name}{_schema}", tags=OP_TAGS)
 
 
-def empty_output(query: Tensor, head_dim_v: int | torch.SymInt, output_order: str) -> Tensor:
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"torch_sage::{name}", lib=LIBRARY)
+
+
+@_fake("quantize_query")
+def quantize_query(
+    query: Tensor,
+    *,
+    qk: str = "int8",
+    granularity: str = "token",
+    block: int = 128,
+    warp: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Shapes of codes [B, Hq, N, D] int8 and scales [B, Hq, groups] fp32."""
+    _require(checks.quantizer_problems("query", query, None))
+    _require(checks.recipe_problems(query.device.type, qk=qk, granularity=granularity))
+    _require(checks.group_problems(block, warp))
+    groups = query_groups(query.shape[2], granularity, block, warp)
+    return _codes(query), query.new_empty((*query.shape[:2], groups), dtype=torch.float32)
+
+
+@_fake("quantize_key")
+def quantize_key(
+    key: Tensor,
+    mean: Tensor | None = None,
+    *,
+    smooth: bool = True,
+    qk: str = "int8",
+    granularity: str = "token",
+    block: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of codes [B, Hkv, M, D] int8, scales [B, Hkv, groups] fp32, mean [B, Hkv, D] fp32."""
+    _require(checks.quantizer_problems("key", key, mean, smooth=smooth))
+    _require(checks.recipe_problems(key.device.type, qk=qk, granularity=granularity))
+    _require(checks.group_problems(block))
+    groups = key_groups(key.shape[2], granularity, block)
+    scales = key.new_empty((*key.shape[:2], groups), dtype=torch.float32)
+    return _codes(key), scales, _per_channel(key)
+
+
+@_fake("quantize_value")
+def quantize_value(
+    value: Tensor, mean: Tensor | None = None, *, smooth: bool = False, pv: str = "bf16"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of codes [B, Hkv, M, Dv] bf16, scales and mean [B, Hkv, Dv] fp32."""
+    _require(checks.quantizer_problems("value", value, mean, smooth=smooth))
+    _require(checks.recipe_problems(value.device.type, pv=pv))
+    codes = value.new_empty(value.shape, dtype=torch.bfloat16)
+    return codes, _per_channel(value), _per_channel(value)
+
+
+@_fake("attention")
+def attention(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    key_mean: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    value_mean: Tensor,
+    attn_mask: Tensor | None = None,
+    causal: str = "none",
+    scale: float | None = None,
+    *,
+    qk: str = "int8",
+    granularity: str = "token",
+    block: int = 64,
+    pv: str = "bf16",
+    output_order: str = "bhsd",
+) -> Tensor:
+    """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
+    del scale
+    keys = (key_codes, key_scales, key_mean)
+    values = (value_codes, value_scales, value_mean)
+    _require(checks.recipe_problems(query.device.type, qk=qk, granularity=granularity, pv=pv))
+    _require(checks.group_problems(block))
+    _require(checks.quantized_problems(query, keys, values, attn_mask, causal))
+    groups = key_groups(key_codes.shape[2], granularity, block)
+    _require(checks.shape_problems("key_scales", key_scales, (*key_codes.shape[:2], groups)))
+    return empty_output(query, value_codes.shape[3], output_order)
+
+
+@_fake("attention_with_lse")
+def attention_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
+    return attention(query, *args, **kwargs), empty_lse(query)
+
+
+@_fake("sdpa")
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    causal: str = "none",
+    scale: float | None = None,
+    *,
+    qk: str = "int8",
+    granularity: str = "token",
+    pv: str = "bf16",
+    smooth: str = "k",
+    output_order: str = "bhsd",
+) -> Tensor:
+    """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
+    del scale
+    recipe = {"qk": qk, "granularity": granularity, "pv": pv, "smooth": smooth}
+    _require(checks.recipe_problems(query.device.type, **recipe))
+    _require(checks.sdpa_problems(query, key, value, attn_mask, causal))
+    return empty_output(query, value.shape[3], output_order)
+
+
+@_fake("sdpa_with_lse")
+def sdpa_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
+    return sdpa(query, *args, **kwargs), empty_lse(query)
+
+
+def empty_output(query: Tensor, head_dim_v: Size, output_order: str) -> Tensor:
     """Return the uninitialised output [B, Hq, N, Dv] in the memory order that kernels return."""
     b, h, n, _ = query.shape
     if output_order == "bhsd":
         return query.new_empty((b, h, n, head_dim_v))
     if output_order == "bshd":
         return query.new_empty((b, n, h, head_dim_v)).transpose(1, 2)
-    raise ValueError(f"output_order must be one of ['bhsd', 'bshd'], got {output_order!r}")
+    raise ValueError(
+        f"output_order must be one of {list(checks.OUTPUT_ORDERS)}, got {output_order!r}"
+    )
+
+
+def empty_lse(query: Tensor) -> Tensor:
+    """Return the uninitialised log-sum-exp [B, Hq, N] fp32."""
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def query_groups(seqlen: Size, granularity: str, block: int, warp: int) -> Size:
+    """Return the number of query scales per head (algorithm.md 2.2)."""
+    blocks = (seqlen + block - 1) // block
+    groups = {
+        "tensor": 1,
+        "token": seqlen,
+        "block": blocks,
+        "warp": blocks * (block // warp),
+        "thread": blocks * (block // warp) * 8,
+    }
+    return groups[granularity]
+
+
+def key_groups(seqlen: Size, granularity: str, block: int) -> Size:
+    """Return the number of key scales per head (algorithm.md 2.2)."""
+    blocks = (seqlen + block - 1) // block
+    groups = {
+        "tensor": 1,
+        "token": seqlen,
+        "block": blocks,
+        "warp": blocks,
+        "thread": blocks * 4,
+    }
+    return groups[granularity]
+
+
+def _codes(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    b, h, _, d = x.shape
+    return x.new_empty((b, h, d), dtype=torch.float32)
+
+
+def _require(problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise ValueError("; ".join(found))

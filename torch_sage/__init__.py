@@ -1,0 +1,43 @@
+"""Quantized attention for torch.compile: SDPA nodes become SageAttention ops.
+
+Importing this package defines the ops and loads the native library. The Inductor pass is imported
+on first use of ``enable``, ``options`` and their like, because it pulls in torch._inductor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torch_sage import ops
+from torch_sage.config import PRESETS, SageConfig
+
+if TYPE_CHECKING:
+    from torch_sage.inductor import disable, enable, explain, is_enabled, options, report
+
+__version__ = "0.1.0"
+
+_INDUCTOR_NAMES = ("disable", "enable", "explain", "is_enabled", "options", "report")
+
+__all__ = [
+    "PRESETS",
+    "SageConfig",
+    "__version__",
+    "disable",
+    "enable",
+    "explain",
+    "is_enabled",
+    "ops",
+    "options",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _INDUCTOR_NAMES:
+        return getattr(importlib.import_module("torch_sage.inductor"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

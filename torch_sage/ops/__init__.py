@@ -1,0 +1,26 @@
+"""Handles of the ops in ``torch.ops.torch_sage``, resolved once.
+
+Importing this package defines every op with its fake and its rules; the kernels come from the
+native library. Without it each op raises the reason, while tracing and fakes still work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torch_sage import _extension
+from torch_sage.ops import rules, schemas
+
+_reason = _extension.unavailable_reason()
+if _reason is not None:
+    rules.register_missing_kernels(_reason)
+
+quantize_query = torch.ops.torch_sage.quantize_query.default
+quantize_key = torch.ops.torch_sage.quantize_key.default
+quantize_value = torch.ops.torch_sage.quantize_value.default
+attention = torch.ops.torch_sage.attention.default
+attention_with_lse = torch.ops.torch_sage.attention_with_lse.default
+sdpa = torch.ops.torch_sage.sdpa.default
+sdpa_with_lse = torch.ops.torch_sage.sdpa_with_lse.default
+
+__all__ = list(schemas.DEFINITIONS)

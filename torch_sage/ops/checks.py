@@ -1,0 +1,236 @@
+"""Argument rules of the attention ops, written once for fakes, ``why_not`` and ``validate``.
+
+``contradictions`` finds inputs that no attention could compute; ``limits`` finds inputs that torch
+computes and these kernels do not. Both yield every problem, and compare sizes without adding a
+guard: a symbolic size is only refused when it is known to be wrong, and the op itself checks real
+sizes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_sage.ops.reasons import ReasonCode, Reason
+from torch_sage.recipes import GRANULARITIES, SUPPORT
+
+Size = Any  # int | torch.SymInt: torch types the shape of a Tensor as int only
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256  # largest head_dim whose tiles fit the kernels' registers and shared memory
+CAUSAL = ("none", "top_left", "bottom_right")
+OUTPUT_ORDERS = ("bhsd", "bshd")
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Return whether ``condition`` is certain, without guarding on symbolic sizes."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def describe(tensor: Tensor) -> str:
+    """Return dtype, shape and device of ``tensor`` for an error message."""
+    return f"{str(tensor.dtype)[6:]}{list(tensor.shape)} on {tensor.device}"
+
+
+def names(values: Sequence[object]) -> str:
+    """Return ``values`` as the alternatives of an error message."""
+    return " or ".join(str(v).removeprefix("torch.") for v in values)
+
+
+def contradictions(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: str
+) -> Iterator[str]:
+    """Yield what makes 4-D ``query, key, value`` impossible to attend with, whatever computes it."""
+    for name, tensor, other, reference, axis, what in (
+        ("key", key, "query", query, 0, "batch size"),
+        ("value", value, "query", query, 0, "batch size"),
+        ("value", value, "key", key, 1, "number of heads"),
+        ("value", value, "key", key, 2, "number of tokens"),
+        ("key", key, "query", query, 3, "head_dim"),
+    ):
+        got, expected = tensor.shape[axis], reference.shape[axis]
+        if known(got != expected):
+            yield f"{name} must have the {what} of {other}, {expected}, got {got}"
+    yield from head_contradictions(query.shape[1], key.shape[1])
+    yield from mask_contradictions(query, key.shape[2], attn_mask, causal)
+
+
+def head_contradictions(heads_q: Size, heads_kv: Size) -> Iterator[str]:
+    """Yield why ``heads_q`` query heads cannot share ``heads_kv`` key heads."""
+    if known(heads_q == 0):
+        return
+    if known(heads_kv == 0):
+        yield f"key must have at least one head for {heads_q} query heads, got 0"
+    elif known(heads_q % heads_kv != 0):
+        yield f"key must have a number of heads that divides query's {heads_q}, got {heads_kv}"
+
+
+def mask_contradictions(
+    query: Tensor, seqlen_k: Size, attn_mask: Tensor | None, causal: str
+) -> Iterator[str]:
+    """Yield why ``attn_mask`` and ``causal`` do not fit the scores."""
+    if causal not in CAUSAL:
+        yield f"causal must be one of {list(CAUSAL)}, got {causal!r}"
+    if attn_mask is None:
+        return
+    if causal != "none":
+        yield f"attn_mask must be None when causal is {causal!r}, got {describe(attn_mask)}"
+    scores = (*query.shape[:3], seqlen_k)
+    if attn_mask.dim() > 4 or any(
+        known(size != 1) and known(size != full)
+        for size, full in zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+    ):
+        yield f"attn_mask must broadcast to {list(scores)}, got {list(attn_mask.shape)}"
+
+
+def limits(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> Iterator[Reason]:
+    """Yield what torch's SDPA may accept and the kernels do not, in the dtypes and head sizes."""
+    if query.dtype not in FLOAT_DTYPES:
+        yield Reason(
+            ReasonCode.DTYPE_UNSUPPORTED,
+            f"query must have dtype {names(FLOAT_DTYPES)}, got {names([query.dtype])}",
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            yield Reason(
+                ReasonCode.DTYPE_MISMATCH,
+                f"{name} must have the dtype of query, {names([query.dtype])}, "
+                f"got {names([tensor.dtype])}",
+            )
+    for name, tensor in (("query", query), ("value", value)):
+        head_dim = tensor.shape[-1]
+        if known(head_dim < 1) or known(head_dim > MAX_HEAD_DIM):
+            yield Reason(
+                ReasonCode.HEAD_DIM,
+                f"{name} must have a head_dim between 1 and {MAX_HEAD_DIM}, got {head_dim}",
+            )
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        yield Reason(
+            ReasonCode.MASK_DTYPE,
+            f"attn_mask must have dtype {names((torch.bool, *FLOAT_DTYPES))}, "
+            f"got {names([attn_mask.dtype])}",
+        )
+    for name, other in (("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if other is not None and other.device != query.device:
+            yield Reason(
+                ReasonCode.DEVICE_MISMATCH,
+                f"{name} must be on {query.device} like query, got {other.device}",
+            )
+
+
+def legal(field: str, device_type: str) -> tuple[str, ...]:
+    """Return the values of a recipe ``field`` that a kernel of ``device_type`` runs.
+
+    A device without kernels ("meta") may trace what any device runs.
+    """
+    rows = [SUPPORT[device_type]] if device_type in SUPPORT else list(SUPPORT.values())
+    values = {value: None for row in rows for value in getattr(row, field)}
+    return tuple(values)
+
+
+def recipe_problems(device_type: str, **fields: str) -> Iterator[str]:
+    """Yield which recipe arguments no kernel of ``device_type`` runs."""
+    for field, got in fields.items():
+        if got not in legal(field, device_type):
+            valid = list(legal(field, device_type))
+            yield f"{field} must be one of {valid} on {device_type}, got {got!r}"
+
+
+def group_problems(block: int, warp: int | None = None) -> Iterator[str]:
+    """Yield why rows cannot be grouped in ``block`` and ``warp`` (algorithm.md 2.2)."""
+    if block <= 0 or block % 8:
+        yield f"block must be a positive multiple of 8, got {block}"
+    elif warp is not None and (warp <= 0 or warp % 8 or block % warp):
+        yield f"warp must be a multiple of 8 that divides block {block}, got {warp}"
+
+
+def rank_problems(**tensors: Tensor) -> Iterator[str]:
+    """Yield which tensors are not [batch, heads, seqlen, head_dim]."""
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            yield f"{name} must be 4-D [batch, heads, seqlen, head_dim], got {list(tensor.shape)}"
+
+
+def shape_problems(name: str, tensor: Tensor, expected: Sequence[Size]) -> Iterator[str]:
+    """Yield how the shape of ``tensor`` differs from ``expected``."""
+    if tensor.dim() != len(expected) or any(
+        known(got != size) for got, size in zip(tensor.shape, expected, strict=True)
+    ):
+        yield f"{name} must have shape {list(expected)}, got {list(tensor.shape)}"
+
+
+def sdpa_problems(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: str
+) -> Iterator[str]:
+    """Yield every reason why the whole op cannot run on these arguments."""
+    ranks = list(rank_problems(query=query, key=key, value=value))
+    if ranks:
+        yield from ranks
+        return
+    yield from (reason.message for reason in limits(query, key, value, attn_mask))
+    yield from contradictions(query, key, value, attn_mask, causal)
+
+
+def quantizer_problems(
+    name: str, x: Tensor, mean: Tensor | None, smooth: bool = False
+) -> Iterator[str]:
+    """Yield every reason why ``x`` cannot be quantized around ``mean``."""
+    ranks = list(rank_problems(**{name: x}))
+    if ranks:
+        yield from ranks
+        return
+    if x.dtype not in FLOAT_DTYPES:
+        yield f"{name} must have dtype {names(FLOAT_DTYPES)}, got {names([x.dtype])}"
+    head_dim = x.shape[3]
+    if known(head_dim < 1) or known(head_dim > MAX_HEAD_DIM):
+        yield f"{name} must have a head_dim between 1 and {MAX_HEAD_DIM}, got {head_dim}"
+    if mean is not None:
+        if not smooth:
+            yield f"mean must be None when smooth is False, got {describe(mean)}"
+        yield from operand_problems("mean", mean, x, torch.float32, (*x.shape[:2], head_dim))
+
+
+def operand_problems(
+    name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype, shape: Sequence[Size]
+) -> Iterator[str]:
+    """Yield why ``tensor`` is not a ``dtype`` operand of ``shape`` beside ``like``."""
+    if tensor.dtype != dtype:
+        yield f"{name} must have dtype {names([dtype])}, got {names([tensor.dtype])}"
+    if tensor.device != like.device:
+        yield f"{name} must be on {like.device}, got {tensor.device}"
+    yield from shape_problems(name, tensor, shape)
+
+
+def quantized_problems(
+    query: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor],
+    values: tuple[Tensor, Tensor, Tensor],
+    attn_mask: Tensor | None,
+    causal: str,
+) -> Iterator[str]:
+    """Yield why ``query`` cannot attend to quantized keys and values (codes, scales, mean)."""
+    ranks = list(rank_problems(query=query, key_codes=keys[0], value_codes=values[0]))
+    if ranks:
+        yield from ranks
+        return
+    (b, hq, n, d), (_, h, m, _), dv = query.shape, keys[0].shape, values[0].shape[3]
+    yield from (reason.message for reason in limits(query, query, query, attn_mask))
+    yield from operand_problems("key_codes", keys[0], query, torch.int8, (b, h, m, d))
+    yield from operand_problems("key_scales", keys[1], query, torch.float32, keys[1].shape)
+    yield from operand_problems("key_mean", keys[2], query, torch.float32, (b, h, d))
+    yield from operand_problems("value_codes", values[0], query, torch.bfloat16, (b, h, m, dv))
+    yield from operand_problems("value_scales", values[1], query, torch.float32, (b, h, dv))
+    yield from operand_problems("value_mean", values[2], query, torch.float32, (b, h, dv))
+    if known(dv < 1) or known(dv > MAX_HEAD_DIM):
+        yield f"value_codes must have a head_dim between 1 and {MAX_HEAD_DIM}, got {dv}"
+    yield from head_contradictions(hq, h)
+    yield from mask_contradictions(query, m, attn_mask, causal)

@@ -1,0 +1,173 @@
+"""How the ops meet torch's transforms: autograd, autocast, vmap, FLOP counting, missing kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from torch_sage.ops.schemas import DEFINITIONS, LIBRARY
+
+# Arguments that F.scaled_dot_product_attention casts under autocast; scales, means and codes of the
+# quantized operands keep their dtype.
+CASTABLE = frozenset({"query", "key", "value", "attn_mask"})
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    """Return whether autograd, reverse or forward mode, would differentiate through ``tensor``."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    # _current_level is -1 outside forward_ad.dual_level(), which also holds under torch.func.jvp.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _overload(name: str) -> torch._ops.OpOverload[..., Any]:
+    overload: torch._ops.OpOverload[..., Any] = getattr(torch.ops.torch_sage, name).default
+    return overload
+
+
+def _register_autograd_guard(name: str) -> None:
+    """Refuse inputs whose gradient is wanted; otherwise go on below autograd.
+
+    Without this kernel eager would differentiate nothing and say so only in backward, and a
+    compiled graph would return no gradient at all, silently.
+    """
+    op = _overload(name)
+    argument_names = [argument.name for argument in op._schema.arguments]
+    below = torch._C._after_autograd_keyset
+
+    def refuse(args: tuple[Any, ...]) -> None:
+        for argument, value in zip(argument_names, args, strict=False):
+            if isinstance(value, Tensor) and wants_gradient(value):
+                raise RuntimeError(
+                    f"{argument} must not require grad: torch_sage::{name} is inference only; call "
+                    "torch_sage.scaled_dot_product_attention, which falls back to SDPA"
+                )
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        # Every tensor of every schema is positional, so kwargs need no look.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            refuse(args)
+        return op.redispatch(keyset & below, *args, **kwargs)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _register_autocast(name: str, device_type: str) -> None:
+    """Cast as F.scaled_dot_product_attention is cast: floating tensors but float64, to one dtype."""
+    op = _overload(name)
+    castable = [argument.name in CASTABLE for argument in op._schema.arguments]
+    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+    excluded = torch._C.DispatchKeySet(key[device_type])
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            cast = (
+                arg.to(dtype) if is_castable and _follows_autocast(arg, device_type) else arg
+                for arg, is_castable in zip(args, castable, strict=False)
+            )
+            return op(*cast, **kwargs)
+
+    LIBRARY.impl(name, kernel, key[device_type].name)
+
+
+def _follows_autocast(arg: Any, device_type: str) -> bool:
+    return (
+        isinstance(arg, Tensor)
+        and arg.is_floating_point()
+        and arg.dtype != torch.float64
+        and arg.device.type == device_type
+    )
+
+
+def _register_vmap(name: str) -> None:
+    """Fold the mapped dimension into the batch, which is the first one of every tensor."""
+    op = _overload(name)
+    argument_names = [argument.name for argument in op._schema.arguments]
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        folded = []
+        for argument, arg, dim in zip(argument_names, args, in_dims, strict=False):
+            if not isinstance(arg, Tensor):
+                folded.append(arg)
+                continue
+            arg = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
+            if argument == "attn_mask":
+                arg = _with_batch(arg, args[0].shape[0 if in_dims[0] != 0 else 1])
+            folded.append(arg.flatten(0, 1))
+        result = op(*folded, **kwargs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
+        if isinstance(result, tuple):
+            return unfolded, (0,) * len(unfolded)
+        return unfolded[0], 0
+
+    torch.library.register_vmap(f"torch_sage::{name}", rule, lib=LIBRARY)
+
+
+def _with_batch(mapped_mask: Tensor, batch: int) -> Tensor:
+    """Return [V, ...] as [V, batch, heads or 1, N or 1, M or 1]."""
+    missing = 5 - mapped_mask.dim()
+    full = mapped_mask[(slice(None), *(None,) * missing)]
+    return full.expand(-1, batch, *full.shape[2:])
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Count a multiplication and an addition per query-key pair and channel, as torch does.
+
+    Like torch's formula for SDPA this counts every pair, whatever ``causal`` or the mask hides;
+    quantization adds time, never FLOPs.
+    """
+    batch, heads, seqlen_q, head_dim = query
+    return 2 * batch * heads * seqlen_q * key[2] * (head_dim + value[3])
+
+
+def _quantized_attention_flops(
+    query: torch.Size,
+    key_codes: torch.Size,
+    key_scales: torch.Size,
+    key_mean: torch.Size,
+    value_codes: torch.Size,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count as ``_attention_flops`` on operands that were quantized before."""
+    del key_scales, key_mean
+    return _attention_flops(query, key_codes, value_codes)
+
+
+def register_missing_kernels(reason: str) -> None:
+    """Make every op say why it cannot run, instead of the dispatcher's list of backends."""
+
+    def register(name: str) -> None:
+        def kernel(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(f"torch_sage::{name} must have its native library, got: {reason}")
+
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, kernel, key)
+
+    for name in DEFINITIONS:
+        register(name)
+
+
+_FLOPS: dict[str, Callable[..., int]] = {
+    "attention": _quantized_attention_flops,
+    "attention_with_lse": _quantized_attention_flops,
+    "sdpa": _attention_flops,
+    "sdpa_with_lse": _attention_flops,
+}
+
+for _name in DEFINITIONS:
+    _register_autograd_guard(_name)
+    _register_autocast(_name, "cpu")
+    _register_autocast(_name, "cuda")
+    _register_vmap(_name)
+for _name, _formula in _FLOPS.items():
+    register_flop_formula(getattr(torch.ops.torch_sage, _name))(_formula)
