@@ -1,0 +1,56 @@
+"""What a pattern hands to the rewriter: attention that it understood, or why it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from torch_sage.inductor.graph_utils import Value
+from torch_sage.ops.reasons import Reason
+
+
+@dataclass(frozen=True)
+class Match:
+    """A part of the graph that computes attention, in the terms of ``torch_sage::sdpa``."""
+
+    pattern: str
+    """Name of the pattern, for the report."""
+
+    anchor: Node
+    """The node whose value is replaced; everything planned here may be inserted before it."""
+
+    query: Value
+    """[batch, heads, seqlen_q, head_dim], any strides."""
+
+    key: Value
+    """[batch, heads_kv, seqlen_k, head_dim], any strides."""
+
+    value: Value
+    """[batch, heads_kv, seqlen_k, head_dim_v], any strides."""
+
+    finish: Callable[[Value], Value]
+    """Turns the attention output (in ``output_order``) into the anchor's exact shape, dtype and
+    strides."""
+
+    attn_mask: Value | None = None
+    """Bool (True = keep) or float, 4-D, broadcastable to [batch, heads, seqlen_q, seqlen_k]."""
+
+    causal: str = "none"
+    """As in the op."""
+
+    scale: float | None = None
+    """As in the op; None is 1 / sqrt(head_dim)."""
+
+    output_order: str = "bhsd"
+    """The memory order in which ``finish`` wants the attention output."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part of the graph that looks like attention and stays as it is."""
+
+    pattern: str
+    anchor: Node
+    reasons: tuple[Reason, ...]
