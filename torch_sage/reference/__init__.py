@@ -15,6 +15,8 @@ Where algorithm.md leaves a choice, it is made and documented here:
   saturates at -ln 2 * 3.4e38.
 * Half-precision V saturates at the largest finite bf16; a value beyond the largest fp16 poisons its
   channel (overflow must show, and bf16 loses nothing by saturating).
+* The output is a convex combination of V, so where rounding V carries a finite result past the
+  largest number of the output's type (fp16 65504 is 65536 in bf16), it saturates there.
 * The row sum is taken from the rounded P for 16-bit and INT8 P, from the unrounded P for FP8 P
   (2.6); the lse always from the unrounded P.
 

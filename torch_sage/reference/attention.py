@@ -74,6 +74,7 @@ def attention(
     block_q: int = 128,
     block_k: int = 64,
     warp: int = 32,
+    tile: int | None = None,
     precision: str = "recipe",
     key_mean: Tensor | None = None,
     value_mean: Tensor | None = None,
@@ -101,8 +102,10 @@ def attention(
         pv: format of P and V.
         smooth: which of q, k, v are smoothed, such as "kv".
         block_q: rows of a query tile.
-        block_k: rows of a key tile; P is computed and accumulated tile by tile.
+        block_k: rows of a key tile.
         warp: query rows that belong to one warp.
+        tile: keys per step of the online softmax, ``block_k`` by default. P is rounded relative to
+            the largest score so far, so another tile gives another rounding of the same size.
         precision: "recipe" or "exact".
         key_mean: fp32 [B, Hkv, D] to smooth K with, instead of its own mean.
         value_mean: fp32 [B, Hkv, Dv] to smooth V with, instead of its own mean.
@@ -135,11 +138,12 @@ def attention(
         ops = ops._replace(bias=attn_mask.expand(visible.shape))
     accumulate = select_accumulator(pv, accumulator)
     if precision == "exact":
-        return _exact(ops)
+        output, lse = _exact(ops)
+        return AttentionOutput(_saturate(output, query.dtype), lse)
     by_rounded = sums_rounded_probabilities(pv) if sum_rounded is None else sum_rounded
     shift = probability_shift(pv, probability_max)
-    output, lse = _online(ops, pv, block_k, shift, accumulate, two_level, by_rounded)
-    return AttentionOutput(output.to(query.dtype), lse)
+    output, lse = _online(ops, pv, tile or block_k, shift, accumulate, two_level, by_rounded)
+    return AttentionOutput(_saturate(output, query.dtype).to(query.dtype), lse)
 
 
 def varlen_attention(
@@ -216,6 +220,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value must have shape {expected}, got {list(value.shape)}")
     if key.shape[1] == 0 or h % key.shape[1]:
         raise ValueError(f"key must have a divisor of {h} heads, got {key.shape[1]}")
+
+
+def _saturate(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keep what is finite within the output's type: a convex combination of V cannot leave it."""
+    largest = torch.finfo(dtype).max
+    return torch.where(output.isfinite(), output.clamp(-largest, largest), output)
 
 
 def _quantize(

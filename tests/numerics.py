@@ -1,0 +1,169 @@
+"""The one definition of "close enough": derived budgets, never picked tolerances (style.md 6).
+
+S64 is exact attention on the original inputs in fp64; R64 the oracle on the recipe's quantized
+operands in fp64; R_low the oracle with the recipe's roundings. Every maximum runs per (batch, head,
+64-row block): one maximum over a causal output would be owned by its first rows.
+
+    budget(exact, naive) = 2 * (max|naive - exact| + eps(out.dtype) * max(max|exact|, tiny))
+    implementation   max|kernel - R64| <= budget(R64, R_low)    did we compute what we specified?
+    accuracy         max|kernel - S64| <= budget(S64, R_low)    is what we specified good enough?
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_sage import reference
+from torch_sage.reference import AttentionOutput
+
+ROWS_PER_BLOCK = 64
+
+# The paper promises cosine similarity .999 at the kernel level; 8-bit P and V take half of that.
+MIN_COSINE = 0.999
+
+# vdpbf16ps flushes subnormal fp32 operands and results, whatever the floating-point mode.
+FLUSHED = torch.finfo(torch.float32).tiny
+
+
+class Expected(NamedTuple):
+    """What an attention kernel is compared with."""
+
+    exact: AttentionOutput  # S64
+    oracle: AttentionOutput  # R64
+    naive: AttentionOutput  # R_low
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    causal: str = "none",
+    scale: float | None = None,
+) -> AttentionOutput:
+    """Return S64: fp64 attention on unquantized operands, each argument as in torch."""
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (x.double() for x in (query, key, value))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    n, m = q.shape[2], k.shape[2]
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.double()
+    if causal != "none":
+        diagonal = 0 if causal == "top_left" else m - n
+        visible = torch.ones(n, m, dtype=torch.bool).tril(diagonal)
+        scores = scores.masked_fill(~visible, -torch.inf)
+    attends = (scores != -torch.inf).any(-1)
+    weights = scores.softmax(-1)
+    output = torch.where(attends[..., None], weights @ v, 0.0)
+    return AttentionOutput(output, torch.where(attends, scores.logsumexp(-1), -torch.inf))
+
+
+def expect(query: Tensor, key: Tensor, value: Tensor, *semantics: Any, **recipe: Any) -> Expected:
+    """Compute all three references; ``semantics`` are mask, causal and scale."""
+    low, high = (
+        reference.attention(query, key, value, *semantics, **recipe, precision=precision)
+        for precision in ("recipe", "exact")
+    )
+    return Expected(exact_attention(query, key, value, *semantics), high, low)
+
+
+def block_max(x: Tensor) -> Tensor:
+    """Return max|x| of [B, H, N, ...] per (batch, head, 64-row block); 0 where not finite."""
+    finite = torch.where(x.isfinite(), x, 0.0).abs()
+    finite = finite if x.dim() > 3 else finite[..., None]
+    if finite.numel() == 0:
+        return finite.new_zeros((*x.shape[:2], 1))
+    rows = finite.amax(-1)
+    padding = -rows.shape[-1] % ROWS_PER_BLOCK
+    rows = torch.nn.functional.pad(rows, (0, padding))
+    return rows.unflatten(-1, (-1, ROWS_PER_BLOCK)).amax(-1)
+
+
+def budget(exact: Tensor, naive: Tensor) -> Tensor:
+    """Return the largest error allowed in each (batch, head, 64-row block)."""
+    kind = torch.finfo(naive.dtype)
+    rounding = kind.eps * block_max(exact).clamp_min(kind.tiny)  # eps * tiny: subnormal spacing
+    return 2 * (block_max(naive.double() - exact) + rounding) + FLUSHED
+
+
+def budget_use(actual: Tensor, exact: Tensor, naive: Tensor) -> float:
+    """Return the largest share of its budget that any block of ``actual`` takes."""
+    if actual.numel() == 0:
+        return 0.0
+    return (block_max(actual.double() - exact) / budget(exact, naive)).max().item()
+
+
+def assert_same_special_values(actual: Tensor, oracle: Tensor) -> None:
+    """Require NaN and each infinity at exactly the oracle's positions."""
+    rounded = oracle.to(actual.dtype)
+    for name, is_special in (
+        ("NaN", torch.isnan),
+        ("inf", torch.isposinf),
+        ("-inf", torch.isneginf),
+    ):
+        wrong = is_special(actual) != is_special(rounded)
+        assert not wrong.any(), f"{name} at wrong places: {wrong.nonzero()[:8].tolist()}"
+
+
+def assert_cosine(actual: Tensor, oracle: Tensor, minimum: float = MIN_COSINE) -> None:
+    """Require the cosine similarity of every (batch, head) over its finite elements."""
+    oracle = oracle.to(actual.dtype)
+    finite = (actual.isfinite() & oracle.isfinite()).flatten(2)
+    a, b = (torch.where(finite, x.double().flatten(2), 0.0) for x in (actual, oracle))
+    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    silent = b.abs().amax(-1) <= FLUSHED if b.shape[-1] else norms == 0
+    cosine = torch.where(silent, 1.0, (a * b).sum(-1) / norms)
+    assert (cosine >= minimum).all(), f"cosine {cosine.min().item():.6f} < {minimum}"
+
+
+def assert_within_budget(actual: Tensor, expected: Expected, *, lse: Tensor | None = None) -> None:
+    """Require a kernel's result to be what the recipe specifies, and that to be good enough.
+
+    Args:
+        actual: output [B, Hq, N, Dv] of the kernel.
+        expected: ``expect(...)`` of the same arguments.
+        lse: natural-log lse [B, Hq, N] of the kernel.
+    """
+    assert actual.dtype == expected.naive.output.dtype
+    assert actual.shape == expected.oracle.output.shape
+    assert_same_special_values(actual, expected.oracle.output)
+    assert_cosine(actual, expected.oracle.output)
+    used = budget_use(actual, expected.oracle.output, expected.naive.output)
+    assert used <= 1, f"implementation error is {used:.3g} times its budget"
+    if lse is not None:
+        assert lse.dtype == torch.float32
+        assert_same_special_values(lse, expected.oracle.lse)
+        used = budget_use(lse, expected.oracle.lse, expected.naive.lse)
+        assert used <= 1, f"lse error is {used:.3g} times its budget"
+    used = budget_use(actual, expected.exact.output, expected.naive.output)
+    assert used <= 1, f"accuracy error is {used:.3g} times its budget"
+
+
+def relative_l1(actual: Tensor, exact: Tensor) -> float:
+    """Return sum|actual - exact| / sum|exact| (algorithm.md 3)."""
+    return ((actual.double() - exact.double()).abs().sum() / exact.double().abs().sum()).item()
+
+
+def cosine_percent(actual: Tensor, exact: Tensor) -> float:
+    """Return 100 * cosine similarity of the flattened tensors (algorithm.md 3)."""
+    a, b = actual.double().flatten(), exact.double().flatten()
+    return 100 * (a @ b / (a.norm() * b.norm())).item()
+
+
+def rmse(actual: Tensor, exact: Tensor) -> float:
+    """Return the root of the mean squared difference (algorithm.md 3)."""
+    return (actual.double() - exact.double()).square().mean().sqrt().item()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal with NaN equal to itself and 0 unequal to -0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
