@@ -3,20 +3,23 @@
 
 #include <sstream>
 #include <stdexcept>
-#include <string>
 
 namespace torch_sage {
 
 // std::invalid_argument, not torch's STD_TORCH_CHECK: Python sees ValueError, as from the fakes,
 // and the text names no C++ file.
 template <typename... Parts>
-void check(bool holds, const Parts&... parts) {
-  if (holds) [[likely]] {
-    return;
-  }
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
+}
+
+template <typename... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (!holds) [[unlikely]] {
+    fail(parts...);
+  }
 }
 
 }  // namespace torch_sage

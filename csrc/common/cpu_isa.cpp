@@ -33,8 +33,7 @@ CpuIsa detect_or_lower() {
     if (kNames[level] == std::string(wanted)) return static_cast<CpuIsa>(level);
     valid += std::string(level ? ", " : "") + kNames[level];
   }
-  check(false, "TORCH_SAGE_CPU_ISA must be one of ", valid, " on this CPU, got '", wanted, "'");
-  return best;
+  fail("TORCH_SAGE_CPU_ISA must be one of ", valid, " on this CPU, got '", wanted, "'");
 }
 
 }  // namespace

@@ -1,0 +1,284 @@
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "attention/cpu/launch.h"
+#include "common/check.h"
+#include "common/operand.h"
+#include "common/types.h"
+#include "ops.h"
+#include "quantize/quantize.h"
+
+namespace torch_sage {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const float* fp32(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// What the caller wants beyond the product of query, keys and values.
+struct Request {
+  const std::optional<Tensor>& attn_mask;
+  Causal causal;
+  std::optional<double> scale;
+  OutputOrder output_order;
+  bool wants_lse;
+};
+
+struct Keys {
+  const int8_t* codes;      // [b, h, m, row_bytes]
+  const float* row_scales;  // [b, h, m]
+  const float* mean;        // [b, h, d]; null where none was subtracted
+  int64_t heads, rows;
+};
+
+struct Values {
+  const uint16_t* codes;  // [b, h, m, d_v]
+  const float* scales;    // [b, h, d_v]
+  const float* mean;      // [b, h, d_v]
+  int64_t columns;
+};
+
+struct Result {
+  Tensor output;
+  std::optional<Tensor> lse;
+};
+
+// Rows of `bytes`, zero behind the columns.
+void copy_padded(const Operand& codes, int64_t bytes, int8_t* out) {
+  for (int64_t b = 0; b < codes.batch; ++b) {
+    for (int64_t h = 0; h < codes.heads; ++h) {
+      for (int64_t m = 0; m < codes.rows; ++m, out += bytes) {
+        std::memcpy(out, codes.row(b, h, m), codes.columns);
+        std::memset(out + codes.columns, 0, bytes - codes.columns);
+      }
+    }
+  }
+}
+
+void check_heads(int64_t heads_q, int64_t heads_kv, const char* key) {
+  if (heads_q == 0) return;
+  check(heads_kv > 0, key, " must have at least one head for ", heads_q, " query heads, got 0");
+  check(heads_q % heads_kv == 0, key, " must have a number of heads that divides query's ", heads_q,
+        ", got ", heads_kv);
+}
+
+void check_same(const char* name, const char* what, const char* other, int64_t expected,
+                int64_t got) {
+  check(got == expected, name, " must have the ", what, " of ", other, ", ", expected, ", got ",
+        got);
+}
+
+Request read_request(const std::optional<Tensor>& attn_mask, const Text& causal,
+                     std::optional<double> scale, const Text& output_order, bool wants_lse) {
+  const Request request{attn_mask, parse("causal", causal, kCausal), scale,
+                        parse("output_order", output_order, kOutputOrders), wants_lse};
+  check(!attn_mask.has_value() || request.causal == Causal::kNone,
+        "attn_mask must be None when causal is '", std::string_view(causal), "', got a tensor");
+  check(!scale.has_value() || std::isfinite(static_cast<float>(*scale)),
+        "scale must be finite in float32, got ", scale.value_or(0.0));
+  return request;
+}
+
+Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
+              Granularity granularity, const Request& request) {
+  CpuAttentionParams params{};
+  params.batch = q.batch;
+  params.heads_q = q.heads;
+  params.heads_kv = keys.heads;
+  params.seqlen_q = q.rows;
+  params.seqlen_k = keys.rows;
+  params.head_dim_v = values.columns;
+  params.row_bytes = row_bytes(q.columns);
+  params.key_codes = keys.codes;
+  params.key_scales = keys.row_scales;
+  params.value = values.codes;
+  params.value_scales = values.scales;
+  params.value_mean = values.mean;
+  params.causal = request.causal;
+  const double scale = request.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.columns)));
+  params.scale = static_cast<float>(scale);
+
+  const Scratch<int8_t> codes({q.batch, q.heads, q.rows, params.row_bytes});
+  const Scratch<float> scales({q.batch, q.heads, q.rows});
+  const Groups groups = query_groups(granularity, q.rows, kQueryBlock, kQueryWarp);
+  quantize_rows(q, nullptr, groups, {codes.get(), params.row_bytes, nullptr, scales.get()});
+  params.query_codes = codes.get();
+  params.query_scales = scales.get();
+
+  std::optional<Mask> mask;
+  if (request.attn_mask.has_value()) {
+    mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, keys.rows);
+    params.mask_kind = mask->kind;
+    params.mask = mask->tensor.const_data_ptr();
+    params.mask_stride_b = mask->strides[0];
+    params.mask_stride_h = mask->strides[1];
+    params.mask_stride_n = mask->strides[2];
+    params.mask_stride_m = mask->strides[3];
+  }
+
+  const bool bshd = request.output_order == OutputOrder::kBshd;
+  Tensor output =
+      bshd ? torch::stable::new_empty(q.tensor, {q.batch, q.rows, q.heads, values.columns})
+           : torch::stable::new_empty(q.tensor, {q.batch, q.heads, q.rows, values.columns});
+  if (bshd) output = torch::stable::transpose(output, 1, 2);
+  params.output_dtype = q.dtype;
+  params.output = output.mutable_data_ptr();
+  params.output_stride_b = output.stride(0);
+  params.output_stride_h = output.stride(1);
+  params.output_stride_n = output.stride(2);
+
+  Result result{output, std::nullopt};
+  std::optional<Scratch<float>> lse_shift;
+  if (request.wants_lse) {
+    result.lse = torch::stable::new_empty(q.tensor, {q.batch, q.heads, q.rows}, ScalarType::Float);
+    params.lse = static_cast<float*>(result.lse->mutable_data_ptr());
+    if (keys.mean != nullptr) {
+      lse_shift.emplace(std::initializer_list<int64_t>{q.batch, q.heads, q.rows});
+      dot_key_mean(q, keys.mean, keys.heads, scale, lse_shift->get());
+      params.lse_shift = lse_shift->get();
+    }
+  }
+  run_cpu_attention(params);
+  return result;
+}
+
+Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
+                    const Request& request, Granularity granularity, Smooth smooth) {
+  const FloatOperand q = read_float("query", query);
+  const FloatOperand k = read_float("key", key);
+  const FloatOperand v = read_float("value", value);
+  check(k.dtype == q.dtype, "key must have the dtype of query, got another");
+  check(v.dtype == q.dtype, "value must have the dtype of query, got another");
+  check_same("key", "batch size", "query", q.batch, k.batch);
+  check_same("value", "batch size", "query", q.batch, v.batch);
+  check_same("value", "number of heads", "key", k.heads, v.heads);
+  check_same("value", "number of tokens", "key", k.rows, v.rows);
+  check_same("key", "head_dim", "query", q.columns, k.columns);
+  check_heads(q.heads, k.heads, "key");
+
+  const int64_t bytes = row_bytes(k.columns);
+  const Scratch<float> key_mean({k.batch, k.heads, k.columns});
+  const Scratch<int8_t> key_codes({k.batch, k.heads, k.rows, bytes});
+  const Scratch<float> key_scales({k.batch, k.heads, k.rows});
+  if (smooth.key) token_mean(k, key_mean.get());
+  const Keys keys{key_codes.get(), key_scales.get(), smooth.key ? key_mean.get() : nullptr, k.heads,
+                  k.rows};
+  quantize_rows(k, keys.mean, key_groups(granularity, k.rows, kKeyBlock),
+                {key_codes.get(), bytes, nullptr, key_scales.get()});
+
+  const int64_t channels = v.batch * v.heads * v.columns;
+  const Scratch<uint16_t> value_codes({v.batch, v.heads, v.rows, v.columns});
+  const Scratch<float> value_scales({channels});
+  const Scratch<float> value_mean({channels});
+  if (smooth.value) {
+    token_mean(v, value_mean.get());
+  } else {
+    std::fill_n(value_mean.get(), channels, 0.0f);
+  }
+  round_values(v, smooth.value ? value_mean.get() : nullptr, value_codes.get(), value_scales.get());
+  const Values values{value_codes.get(), value_scales.get(), value_mean.get(), v.columns};
+  return attend(q, keys, values, granularity, request);
+}
+
+Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
+                        const Tensor& key_mean, const Tensor& value_codes,
+                        const Tensor& value_scales, const Tensor& value_mean,
+                        const Request& request, Granularity granularity, int64_t block) {
+  const FloatOperand q = read_float("query", query);
+  const Operand k = read_codes("key_codes", key_codes, ScalarType::Char);
+  const Operand v = read_codes("value_codes", value_codes, ScalarType::BFloat16);
+  check_same("key_codes", "batch size", "query", q.batch, k.batch);
+  check_same("value_codes", "batch size", "query", q.batch, v.batch);
+  check_same("value_codes", "number of heads", "key_codes", k.heads, v.heads);
+  check_same("value_codes", "number of tokens", "key_codes", k.rows, v.rows);
+  check_same("key_codes", "head_dim", "query", q.columns, k.columns);
+  check_heads(q.heads, k.heads, "key_codes");
+  const Groups groups = key_groups(granularity, k.rows, block);
+  const Tensor scales =
+      read_fp32("key_scales", key_scales, {k.batch, k.heads, groups.scales(k.rows)});
+  const Tensor mean = read_fp32("key_mean", key_mean, {k.batch, k.heads, k.columns});
+  const Tensor v_scales = read_fp32("value_scales", value_scales, {v.batch, v.heads, v.columns});
+  const Tensor v_mean = read_fp32("value_mean", value_mean, {v.batch, v.heads, v.columns});
+
+  // Codes are dense as the quantizers return them; other strides or a padded row cost a copy.
+  const int64_t bytes = row_bytes(k.columns);
+  std::optional<Scratch<int8_t>> padded;
+  if (!k.is_dense() || bytes != k.columns) {
+    padded.emplace(std::initializer_list<int64_t>{k.batch, k.heads, k.rows, bytes});
+    copy_padded(k, bytes, padded->get());
+  }
+  const Tensor dense_value = v.is_dense() ? v.tensor : torch::stable::contiguous(v.tensor);
+  std::optional<Scratch<float>> row_scales;
+  if (!groups.is_per_row()) {
+    row_scales.emplace(std::initializer_list<int64_t>{k.batch, k.heads, k.rows});
+    expand_scales(fp32(scales), groups, k.batch * k.heads, k.rows, row_scales->get());
+  }
+  const Keys keys{padded ? padded->get() : reinterpret_cast<const int8_t*>(k.data),
+                  row_scales ? row_scales->get() : fp32(scales), fp32(mean), k.heads, k.rows};
+  const Values values{static_cast<const uint16_t*>(dense_value.const_data_ptr()), fp32(v_scales),
+                      fp32(v_mean), v.columns};
+  return attend(q, keys, values, granularity, request);
+}
+
+}  // namespace
+
+Tensor attention(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
+                 const Tensor& key_mean, const Tensor& value_codes, const Tensor& value_scales,
+                 const Tensor& value_mean, const std::optional<Tensor>& attn_mask,
+                 const Text& causal, std::optional<double> scale, const Text& qk,
+                 const Text& granularity, int64_t block, const Text& pv, const Text& output_order) {
+  parse("qk", qk, kQkFormats);
+  parse("pv", pv, kPvFormats);
+  return attend_quantized(query, key_codes, key_scales, key_mean, value_codes, value_scales,
+                          value_mean, read_request(attn_mask, causal, scale, output_order, false),
+                          parse("granularity", granularity, kGranularities), block)
+      .output;
+}
+
+std::tuple<Tensor, Tensor> attention_with_lse(
+    const Tensor& query, const Tensor& key_codes, const Tensor& key_scales, const Tensor& key_mean,
+    const Tensor& value_codes, const Tensor& value_scales, const Tensor& value_mean,
+    const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
+    const Text& qk, const Text& granularity, int64_t block, const Text& pv,
+    const Text& output_order) {
+  parse("qk", qk, kQkFormats);
+  parse("pv", pv, kPvFormats);
+  const Result result =
+      attend_quantized(query, key_codes, key_scales, key_mean, value_codes, value_scales,
+                       value_mean, read_request(attn_mask, causal, scale, output_order, true),
+                       parse("granularity", granularity, kGranularities), block);
+  return {result.output, *result.lse};
+}
+
+Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+            const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
+            const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+            const Text& output_order) {
+  parse("qk", qk, kQkFormats);
+  parse("pv", pv, kPvFormats);
+  return attend_whole(
+             query, key, value, read_request(attn_mask, causal, scale, output_order, false),
+             parse("granularity", granularity, kGranularities), parse("smooth", smooth, kSmoothing))
+      .output;
+}
+
+std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                         const Tensor& value,
+                                         const std::optional<Tensor>& attn_mask, const Text& causal,
+                                         std::optional<double> scale, const Text& qk,
+                                         const Text& granularity, const Text& pv,
+                                         const Text& smooth, const Text& output_order) {
+  parse("qk", qk, kQkFormats);
+  parse("pv", pv, kPvFormats);
+  const Result result = attend_whole(
+      query, key, value, read_request(attn_mask, causal, scale, output_order, true),
+      parse("granularity", granularity, kGranularities), parse("smooth", smooth, kSmoothing));
+  return {result.output, *result.lse};
+}
+
+}  // namespace torch_sage

@@ -1,0 +1,180 @@
+#include "common/operand.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <utility>
+
+#include "common/check.h"
+
+namespace torch_sage {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The dtype as torch's C interface numbers it: unlike Tensor::scalar_type() it knows every dtype.
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype = -1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+struct DtypeName {
+  int32_t dtype;
+};
+
+std::ostream& operator<<(std::ostream& out, DtypeName dtype) {
+  const std::pair<int32_t, const char*> names[] = {
+      {aoti_torch_dtype_float32(), "float32"},
+      {aoti_torch_dtype_bfloat16(), "bfloat16"},
+      {aoti_torch_dtype_float16(), "float16"},
+      {aoti_torch_dtype_float64(), "float64"},
+      {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},
+      {aoti_torch_dtype_int16(), "int16"},
+      {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int64(), "int64"},
+      {aoti_torch_dtype_complex64(), "complex64"},
+      {aoti_torch_dtype_complex128(), "complex128"},
+      {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"}};
+  for (const auto& [known, name] : names) {
+    if (dtype.dtype == known) return out << name;
+  }
+  return out << "torch's dtype number " << dtype.dtype;
+}
+
+std::optional<Dtype> float_dtype(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::kFloat32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+  if (dtype == aoti_torch_dtype_float16()) return Dtype::kFloat16;
+  return std::nullopt;
+}
+
+Operand read_rows(const char* name, const Tensor& tensor) {
+  const int64_t columns = tensor.size(3);
+  check(columns >= 1 && columns <= kMaxHeadDim, name, " must have a head_dim between 1 and ",
+        kMaxHeadDim, ", got ", columns);
+  const Tensor rows =
+      columns == 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return {rows,
+          static_cast<const std::byte*>(rows.const_data_ptr()),
+          static_cast<int64_t>(rows.element_size()),
+          rows.size(0),
+          rows.size(1),
+          rows.size(2),
+          columns,
+          rows.stride(0),
+          rows.stride(1),
+          rows.stride(2)};
+}
+
+void check_rank(const char* name, const Tensor& tensor) {
+  check(tensor.dim() == 4, name, " must be 4-D [batch, heads, seqlen, head_dim], got ",
+        Shape{tensor.sizes()});
+}
+
+}  // namespace
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  const char* separator = "[";
+  for (const int64_t size : shape.sizes) {
+    out << separator << size;
+    separator = ", ";
+  }
+  return out << (shape.sizes.empty() ? "[]" : "]");
+}
+
+void check_memory(const char* name, const Tensor& tensor) {
+  check(tensor.is_cpu(), name, " must be on cpu like query, got another device");
+  // A storage can be resized under its tensors (Storage.resize_, FSDP frees parameters so).
+  int64_t storage_bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+  int64_t last = tensor.storage_offset();
+  bool overflow = false;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) == 0) return;
+    int64_t reach = 0;
+    overflow |= __builtin_mul_overflow(tensor.size(d) - 1, tensor.stride(d), &reach);
+    overflow |= __builtin_add_overflow(last, reach, &last);
+  }
+  const int64_t available = storage_bytes / static_cast<int64_t>(tensor.element_size());
+  check(!overflow && last < available, name, " must have its elements inside its storage of ",
+        storage_bytes, " bytes, got one at index ", last);
+}
+
+bool Operand::is_dense() const {
+  return (rows <= 1 || stride_n == columns) && (heads <= 1 || stride_h == rows * columns) &&
+         (batch <= 1 || stride_b == heads * rows * columns);
+}
+
+FloatOperand read_float(const char* name, const Tensor& tensor) {
+  check_rank(name, tensor);
+  const std::optional<Dtype> dtype = float_dtype(dtype_of(tensor));
+  check(dtype.has_value(), name, " must have dtype float32 or bfloat16 or float16, got ",
+        DtypeName{dtype_of(tensor)});
+  check_memory(name, tensor);
+  return {read_rows(name, tensor), *dtype};
+}
+
+Operand read_codes(const char* name, const Tensor& tensor, ScalarType dtype) {
+  check_rank(name, tensor);
+  const int32_t wanted =
+      dtype == ScalarType::Char ? aoti_torch_dtype_int8() : aoti_torch_dtype_bfloat16();
+  check(dtype_of(tensor) == wanted, name, " must have dtype ", DtypeName{wanted}, ", got ",
+        DtypeName{dtype_of(tensor)});
+  check_memory(name, tensor);
+  return read_rows(name, tensor);
+}
+
+Tensor read_fp32(const char* name, const Tensor& tensor, const std::array<int64_t, 3>& sizes) {
+  const auto got = tensor.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), got.begin(), got.end()), name, " must have shape ",
+        Shape{sizes}, ", got ", Shape{got});
+  check(dtype_of(tensor) == aoti_torch_dtype_float32(), name, " must have dtype float32, got ",
+        DtypeName{dtype_of(tensor)});
+  check_memory(name, tensor);
+  return torch::stable::contiguous(tensor);
+}
+
+Mask read_mask(const Tensor& tensor, int64_t batch, int64_t heads, int64_t seqlen_q,
+               int64_t seqlen_k) {
+  const int32_t dtype = dtype_of(tensor);
+  Mask mask{tensor, MaskKind::kBool, {0, 0, 0, 0}};
+  if (dtype != aoti_torch_dtype_bool()) {
+    const std::optional<Dtype> number = float_dtype(dtype);
+    check(number.has_value(),
+          "attn_mask must have dtype bool or float32 or bfloat16 or float16, got ",
+          DtypeName{dtype});
+    mask.kind = *number == Dtype::kFloat32    ? MaskKind::kFloat32
+                : *number == Dtype::kBFloat16 ? MaskKind::kBFloat16
+                                              : MaskKind::kFloat16;
+  }
+  check_memory("attn_mask", tensor);
+  const std::array<int64_t, 4> scores = {batch, heads, seqlen_q, seqlen_k};
+  const int64_t missing = 4 - tensor.dim();
+  bool broadcasts = missing >= 0;
+  for (int64_t d = 0; broadcasts && d < tensor.dim(); ++d) {
+    const int64_t size = tensor.size(d);
+    broadcasts = size == 1 || size == scores[missing + d];
+    mask.strides[missing + d] = size == 1 ? 0 : tensor.stride(d);
+  }
+  check(broadcasts, "attn_mask must broadcast to ", Shape{scores}, ", got ", Shape{tensor.sizes()});
+  return mask;
+}
+
+size_t byte_count(std::initializer_list<int64_t> sizes, int64_t element_bytes) {
+  int64_t bytes = element_bytes;
+  bool overflow = false;
+  for (const int64_t size : sizes) {
+    if (size == 0) return 0;
+    overflow |= __builtin_mul_overflow(bytes, size, &bytes);
+  }
+  if (overflow) throw std::bad_alloc();
+  return static_cast<size_t>(bytes);
+}
+
+}  // namespace torch_sage

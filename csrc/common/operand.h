@@ -1,0 +1,86 @@
+// Tensor arguments of the ops, checked before anything reads their memory.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <ostream>
+
+#include "common/params.h"
+#include "quantize/cpu/launch.h"
+
+namespace torch_sage {
+
+// Sizes as an error shows them: [1, 8, 1024, 64].
+struct Shape {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+};
+std::ostream& operator<<(std::ostream& out, const Shape& shape);
+
+// What every tensor argument must be: on the CPU, with all its elements inside its storage.
+void check_memory(const char* name, const torch::stable::Tensor& tensor);
+
+// A [batch, heads, rows, columns] argument whose columns are adjacent in memory.
+struct Operand {
+  torch::stable::Tensor tensor;  // keeps `data` alive
+  const std::byte* data;
+  int64_t element_bytes;
+  int64_t batch, heads, rows, columns;
+  int64_t stride_b, stride_h, stride_n;  // elements
+
+  const std::byte* row(int64_t b, int64_t h, int64_t n) const {
+    return data + (b * stride_b + h * stride_h + n * stride_n) * element_bytes;
+  }
+  bool is_dense() const;
+};
+
+struct FloatOperand : Operand {
+  Dtype dtype;
+
+  RowBlock block(int64_t b, int64_t h, int64_t first, int64_t count) const {
+    return {row(b, h, first), dtype, count, columns, stride_n};
+  }
+};
+
+// A fp32, bf16 or fp16 argument with 1..kMaxHeadDim columns.
+FloatOperand read_float(const char* name, const torch::stable::Tensor& tensor);
+// The same of one exact dtype of torch (such as torch::headeronly::ScalarType::Char).
+Operand read_codes(const char* name, const torch::stable::Tensor& tensor,
+                   torch::headeronly::ScalarType dtype);
+// A contiguous copy, if need be, of a fp32 argument of exactly these sizes.
+torch::stable::Tensor read_fp32(const char* name, const torch::stable::Tensor& tensor,
+                                const std::array<int64_t, 3>& sizes);
+
+struct Mask {
+  torch::stable::Tensor tensor;
+  MaskKind kind;
+  int64_t strides[4];  // [b, h, n, m], 0 where it is broadcast
+};
+Mask read_mask(const torch::stable::Tensor& tensor, int64_t batch, int64_t heads, int64_t seqlen_q,
+               int64_t seqlen_k);
+
+// Product of sizes and element_bytes; bad_alloc where it does not fit 63 bits, let alone memory.
+size_t byte_count(std::initializer_list<int64_t> sizes, int64_t element_bytes);
+
+// Uninitialised working memory, aligned for vector loads.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(std::initializer_list<int64_t> sizes)
+      : data_(static_cast<T*>(::operator new(byte_count(sizes, sizeof(T)), kAlignment))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace torch_sage

@@ -1,0 +1,43 @@
+// Quantization of whole tensors on torch's threads: what the quantizer ops and sdpa share.
+#pragma once
+
+#include <cstdint>
+
+#include "common/operand.h"
+#include "common/types.h"
+#include "quantize/groups.h"
+
+namespace torch_sage {
+
+// Tiles that the ops assume where an argument does not say; recipes.py has no other for the CPU.
+constexpr int64_t kQueryBlock = 128;
+constexpr int64_t kQueryWarp = 32;
+constexpr int64_t kKeyBlock = 64;
+
+// Rows of codes are this long, so that dot products need no tail of single bytes.
+constexpr int64_t row_bytes(int64_t columns) { return (columns + 3) / 4 * 4; }
+
+Groups query_groups(Granularity granularity, int64_t rows, int64_t block, int64_t warp);
+Groups key_groups(Granularity granularity, int64_t rows, int64_t block);
+
+// mean[b, h, c] over the rows (E1), 0 without rows. The same bits for any number of threads.
+void token_mean(const FloatOperand& x, float* mean);
+
+// Codes and scales of every row; mean [b, h, c] may be null, and so may each kind of scales:
+// group_scales [b, h, groups.scales(rows)], row_scales [b, h, rows].
+void quantize_rows(const FloatOperand& x, const float* mean, const Groups& groups,
+                   const QuantizedRows& out);
+
+// Codes [b, h, m, c] bf16 and scales [b, h, c]: 1, or NaN with codes 0 where a channel is not
+// finite.
+void round_values(const FloatOperand& value, const float* mean, uint16_t* codes, float* scales);
+
+// lse_shift[b, h_q, n] = scale * (query . key_mean of its key head), in fp64 (E12).
+void dot_key_mean(const FloatOperand& query, const float* key_mean, int64_t heads_kv, double scale,
+                  float* out);
+
+// row_scales[b, h, n] from group_scales.
+void expand_scales(const float* group_scales, const Groups& groups, int64_t heads, int64_t rows,
+                   float* row_scales);
+
+}  // namespace torch_sage

@@ -1,0 +1,74 @@
+"""The native library: loaded once from inside the package, and why it is not there if it is not."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NOT_BUILT = "extension not built"
+
+# An absolute path inside the package and no search: no environment variable or working directory
+# can put another library in its place.
+_PATH = Path(__file__).resolve().with_name("libtorch_sage.so")
+
+
+def library_path() -> Path:
+    """Return where the library is, or would be."""
+    return _PATH
+
+
+@cache
+def load_error() -> BaseException | None:
+    """Load the library at the first call; return what went wrong, None if nothing did.
+
+    An absent file is a ``FileNotFoundError``, so that it is told from a file that cannot be loaded.
+    """
+    if not _PATH.is_file():
+        return FileNotFoundError(f"{NOT_BUILT}: no {_PATH.name} in {_PATH.parent}")
+    try:
+        torch.ops.load_library(_PATH)
+    except (OSError, RuntimeError) as error:
+        return error
+    return None
+
+
+def is_available() -> bool:
+    """Return whether the native library is loaded."""
+    return load_error() is None
+
+
+def unavailable_reason() -> str | None:
+    """Return None, "extension not built", or the error that a library which exists gave."""
+    error = load_error()
+    if error is None:
+        return None
+    if isinstance(error, FileNotFoundError):
+        return NOT_BUILT
+    return f"extension failed to load: {error}"
+
+
+@cache
+def kernel_version() -> str:
+    """Return a hash of the binary for cache keys; "none" where no library is loaded."""
+    if not is_available():
+        return "none"
+    return hashlib.sha256(_PATH.read_bytes()).hexdigest()
+
+
+def build_info() -> dict[str, str]:
+    """Return what was compiled and what runs here: cpu_isa, compiled_cpu_isas, cuda, compiler.
+
+    Raises:
+        RuntimeError: if the library is not loaded; its cause is the load error.
+    """
+    error = load_error()
+    if error is not None:
+        raise RuntimeError(f"torch_sage's native library must be loaded: {error}") from error
+    describe = ctypes.CDLL(str(_PATH)).torch_sage_build_info
+    describe.restype = ctypes.c_char_p
+    text: bytes = describe()
+    return dict(line.split("=", 1) for line in text.decode().splitlines())
