@@ -112,4 +112,4 @@ def _fp8_step(start: Tensor, p: Tensor, v: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent - 1  # largest = 1.xxx * 2**exponent
     grid = torch.ldexp(torch.ones_like(largest), exponent - FP8_FRACTION_BITS)
     truncated = (terms / grid).trunc() * grid
-    return torch.where(largest > 0, truncated.sum(-2), largest)
+    return torch.where(largest > 0, truncated, largest).sum(-2)
