@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sage.ops.reasons import ReasonCode, Reason
-from torch_sage.recipes import GRANULARITIES, SUPPORT
+from torch_sage.ops.reasons import Reason, ReasonCode
+from torch_sage.recipes import SUPPORT
 
 Size = Any  # int | torch.SymInt: torch types the shape of a Tensor as int only
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256  # largest head_dim whose tiles fit the kernels' registers and shared memory
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 CAUSAL = ("none", "top_left", "bottom_right")
 OUTPUT_ORDERS = ("bhsd", "bshd")
 
 
 def known(condition: bool | torch.SymBool) -> bool:
     """Return whether ``condition`` is certain, without guarding on symbolic sizes."""
-    if isinstance(condition, bool):
+    # Dynamo takes a symbolic condition for a bool, too.
+    if isinstance(condition, bool) and not torch.compiler.is_dynamo_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -47,11 +49,10 @@ def names(values: Sequence[object]) -> str:
 def contradictions(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: str
 ) -> Iterator[str]:
-    """Yield what makes 4-D ``query, key, value`` impossible to attend with, whatever computes it."""
+    """Yield what makes 4-D ``query, key, value`` impossible to attend with."""
     for name, tensor, other, reference, axis, what in (
         ("key", key, "query", query, 0, "batch size"),
         ("value", value, "query", query, 0, "batch size"),
-        ("value", value, "key", key, 1, "number of heads"),
         ("value", value, "key", key, 2, "number of tokens"),
         ("key", key, "query", query, 3, "head_dim"),
     ):
@@ -90,9 +91,13 @@ def mask_contradictions(
         yield f"attn_mask must broadcast to {list(scores)}, got {list(attn_mask.shape)}"
 
 
-def limits(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> Iterator[Reason]:
+def scale_problems(scale: float | None) -> Iterator[str]:
+    """Yield why ``scale`` cannot multiply float32 scores."""
+    if isinstance(scale, (int, float)) and not abs(scale) <= FLOAT32_MAX:
+        yield f"scale must be finite in float32, got {scale}"
+
+
+def limits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Iterator[Reason]:
     """Yield what torch's SDPA may accept and the kernels do not, in the dtypes and head sizes."""
     if query.dtype not in FLOAT_DTYPES:
         yield Reason(
@@ -118,6 +123,11 @@ def limits(
             ReasonCode.MASK_DTYPE,
             f"attn_mask must have dtype {names((torch.bool, *FLOAT_DTYPES))}, "
             f"got {names([attn_mask.dtype])}",
+        )
+    if known(value.shape[1] != key.shape[1]):
+        yield Reason(
+            ReasonCode.HEADS,
+            f"value must have the number of heads of key, {key.shape[1]}, got {value.shape[1]}",
         )
     for name, other in (("key", key), ("value", value), ("attn_mask", attn_mask)):
         if other is not None and other.device != query.device:
@@ -222,7 +232,7 @@ def quantized_problems(
     if ranks:
         yield from ranks
         return
-    (b, hq, n, d), (_, h, m, _), dv = query.shape, keys[0].shape, values[0].shape[3]
+    (b, hq, _, d), (_, h, m, _), dv = query.shape, keys[0].shape, values[0].shape[3]
     yield from (reason.message for reason in limits(query, query, query, attn_mask))
     yield from operand_problems("key_codes", keys[0], query, torch.int8, (b, h, m, d))
     yield from operand_problems("key_scales", keys[1], query, torch.float32, keys[1].shape)

@@ -35,6 +35,7 @@ class ReasonCode(str, Enum):
     REQUIRES_GRAD = ("requires_grad", "A gradient is wanted; quantized attention has none.")
     DROPOUT = ("dropout", "dropout_p is not zero.")
     HEAD_DIM = ("head_dim", "A head dimension of query/key or of value is outside 1…256.")
+    HEADS = ("heads", "key and value have different numbers of heads.")
     MASK_REQUIRES_GRAD = ("mask_requires_grad", "A gradient of attn_mask is wanted.")
     MASK_DTYPE = ("mask_dtype", "attn_mask is not bool, float32, bfloat16 or float16.")
     RECIPE_UNSUPPORTED = (

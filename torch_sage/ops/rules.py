@@ -22,7 +22,9 @@ def wants_gradient(tensor: Tensor) -> bool:
     if tensor.requires_grad and torch.is_grad_enabled():
         return True
     # _current_level is -1 outside forward_ad.dual_level(), which also holds under torch.func.jvp.
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]  # torch's
 
 
 def _overload(name: str) -> torch._ops.OpOverload[..., Any]:
@@ -54,11 +56,11 @@ def _register_autograd_guard(name: str) -> None:
             refuse(args)
         return op.redispatch(keyset & below, *args, **kwargs)
 
-    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _register_autocast(name: str, device_type: str) -> None:
-    """Cast as F.scaled_dot_product_attention is cast: floating tensors but float64, to one dtype."""
+    """Cast as F.scaled_dot_product_attention does: to one dtype, all floats but float64."""
     op = _overload(name)
     castable = [argument.name in CASTABLE for argument in op._schema.arguments]
     key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
@@ -73,7 +75,7 @@ def _register_autocast(name: str, device_type: str) -> None:
             )
             return op(*cast, **kwargs)
 
-    LIBRARY.impl(name, kernel, key[device_type].name)
+    LIBRARY.impl(name, kernel, key[device_type].name)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _follows_autocast(arg: Any, device_type: str) -> bool:
@@ -91,21 +93,25 @@ def _register_vmap(name: str) -> None:
     argument_names = [argument.name for argument in op._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        folded = []
-        for argument, arg, dim in zip(argument_names, args, in_dims, strict=False):
-            if not isinstance(arg, Tensor):
-                folded.append(arg)
-                continue
-            arg = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
-            if argument == "attn_mask":
-                arg = _with_batch(arg, args[0].shape[0 if in_dims[0] != 0 else 1])
-            folded.append(arg.flatten(0, 1))
+        mapped = []
+        for arg, dim in zip(args, in_dims, strict=False):
+            if isinstance(arg, Tensor):
+                arg = (
+                    arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                )
+            mapped.append(arg)
+        batch = mapped[0].shape[1]
+        folded = [
+            arg
+            if not isinstance(arg, Tensor)
+            else (_with_batch(arg, batch) if argument == "attn_mask" else arg).flatten(0, 1)
+            for argument, arg in zip(argument_names, mapped, strict=False)
+        ]
         result = op(*folded, **kwargs)
-        outputs = result if isinstance(result, tuple) else (result,)
-        unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
-        if isinstance(result, tuple):
-            return unfolded, (0,) * len(unfolded)
-        return unfolded[0], 0
+        if isinstance(result, Tensor):
+            return result.unflatten(0, (info.batch_size, batch)), 0
+        outputs = tuple(out.unflatten(0, (info.batch_size, batch)) for out in result)
+        return outputs, (0,) * len(outputs)
 
     torch.library.register_vmap(f"torch_sage::{name}", rule, lib=LIBRARY)
 
@@ -113,8 +119,8 @@ def _register_vmap(name: str) -> None:
 def _with_batch(mapped_mask: Tensor, batch: int) -> Tensor:
     """Return [V, ...] as [V, batch, heads or 1, N or 1, M or 1]."""
     missing = 5 - mapped_mask.dim()
-    full = mapped_mask[(slice(None), *(None,) * missing)]
-    return full.expand(-1, batch, *full.shape[2:])
+    shape = (mapped_mask.shape[0], *(1,) * missing, *mapped_mask.shape[1:])
+    return mapped_mask.view(shape).expand(-1, batch, -1, -1, -1)
 
 
 def _attention_flops(
@@ -151,7 +157,7 @@ def register_missing_kernels(reason: str) -> None:
             raise RuntimeError(f"torch_sage::{name} must have its native library, got: {reason}")
 
         for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, kernel, key)
+            LIBRARY.impl(name, kernel, key)  # type: ignore[no-untyped-call]  # torch's
 
     for name in DEFINITIONS:
         register(name)

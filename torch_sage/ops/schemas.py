@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_sage.ops import checks
 from torch_sage.ops.checks import Size
 
-LIBRARY = torch.library.Library("torch_sage", "DEF")
+LIBRARY = torch.library.Library("torch_sage", "DEF")  # type: ignore[no-untyped-call]  # torch's
 OP_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 
 # Arguments of every attention op after its tensors; `attn_mask` is bool (True = keep) or float.
@@ -60,11 +60,13 @@ DEFINITIONS: dict[str, str] = {
 }
 
 for _name, _schema in DEFINITIONS.items():
-    LIBRARY.define(f"{_name}{_schema}", tags=OP_TAGS)
+    LIBRARY.define(f"{_name}{_schema}", tags=OP_TAGS)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"torch_sage::{name}", lib=LIBRARY)
+    register: Callable[[Callable[..., Any]], Callable[..., Any]]
+    register = torch.library.register_fake(f"torch_sage::{name}", lib=LIBRARY)
+    return register
 
 
 @_fake("quantize_query")
