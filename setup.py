@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,7 +28,10 @@ CXX_FLAGS = [
     "-DTORCH_STABLE_ONLY",
     *("-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"),
 ]
-LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,--no-undefined", "-Wl,-s"]
+LINK_FLAGS = [
+    *("-shared", "-Wl,--no-undefined", "-Wl,--version-script=csrc/exports.map"),
+    *("-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"),
+]
 # A source whose name ends with a key is compiled for that instruction set, and only on x86-64;
 # csrc/common/cpu_isa.h chooses among them when the library runs. All others are baseline code.
 ISA_FLAGS = {
@@ -101,7 +105,7 @@ def ninja_file(compiler: list[str], folder: Path, target: Path) -> str:
             continue
         objects.append(str(folder / source.with_suffix(".o")))
         lines += [f"build {objects[-1]}: compile {source}", f"  isa = {shlex.join(flags)}"]
-    lines.append(f"build {target}: link {' '.join(objects)}")
+    lines.append(f"build {target}: link {' '.join(objects)} | csrc/exports.map")
     return "\n".join(lines) + "\n"
 
 
@@ -144,7 +148,7 @@ class TagWheel(bdist_wheel):
 
 check_cuda_request()
 if find_compiler() is None:
-    print("WARNING: no C++ compiler: torch_sage will run torch's own attention", file=sys.stderr)
+    warnings.warn("no C++ compiler: torch_sage will run torch's own attention", stacklevel=1)
 setup(
     ext_modules=[Extension(LIBRARY, [])] if find_compiler() else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TagWheel},

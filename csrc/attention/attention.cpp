@@ -16,6 +16,18 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return ScalarType::Float;
+    case Dtype::kBFloat16:
+      return ScalarType::BFloat16;
+    case Dtype::kFloat16:
+      return ScalarType::Half;
+  }
+  __builtin_unreachable();
+}
+
 const float* fp32(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -123,8 +135,8 @@ Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
 
   const bool bshd = request.output_order == OutputOrder::kBshd;
   Tensor output =
-      bshd ? torch::stable::new_empty(q.tensor, {q.batch, q.rows, q.heads, values.columns})
-           : torch::stable::new_empty(q.tensor, {q.batch, q.heads, q.rows, values.columns});
+      bshd ? new_tensor({q.batch, q.rows, q.heads, values.columns}, scalar_type(q.dtype))
+           : new_tensor({q.batch, q.heads, q.rows, values.columns}, scalar_type(q.dtype));
   if (bshd) output = torch::stable::transpose(output, 1, 2);
   params.output_dtype = q.dtype;
   params.output = output.mutable_data_ptr();
@@ -135,7 +147,7 @@ Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
   Result result{output, std::nullopt};
   std::optional<Scratch<float>> lse_shift;
   if (request.wants_lse) {
-    result.lse = torch::stable::new_empty(q.tensor, {q.batch, q.heads, q.rows}, ScalarType::Float);
+    result.lse = new_tensor({q.batch, q.heads, q.rows}, ScalarType::Float);
     params.lse = static_cast<float*>(result.lse->mutable_data_ptr());
     if (keys.mean != nullptr) {
       lse_shift.emplace(std::initializer_list<int64_t>{q.batch, q.heads, q.rows});
@@ -212,7 +224,7 @@ Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tens
     padded.emplace(std::initializer_list<int64_t>{k.batch, k.heads, k.rows, bytes});
     copy_padded(k, bytes, padded->get());
   }
-  const Tensor dense_value = v.is_dense() ? v.tensor : torch::stable::contiguous(v.tensor);
+  const Tensor dense_value = v.is_dense() ? v.tensor : make_contiguous(v.tensor);
   std::optional<Scratch<float>> row_scales;
   if (!groups.is_per_row()) {
     row_scales.emplace(std::initializer_list<int64_t>{k.batch, k.heads, k.rows});

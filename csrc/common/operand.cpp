@@ -22,6 +22,15 @@ int32_t dtype_of(const Tensor& tensor) {
   return dtype;
 }
 
+template <typename Allocate>
+Tensor or_bad_alloc(const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::runtime_error&) {
+    throw std::bad_alloc();
+  }
+}
+
 struct DtypeName {
   int32_t dtype;
 };
@@ -58,8 +67,7 @@ Operand read_rows(const char* name, const Tensor& tensor) {
   const int64_t columns = tensor.size(3);
   check(columns >= 1 && columns <= kMaxHeadDim, name, " must have a head_dim between 1 and ",
         kMaxHeadDim, ", got ", columns);
-  const Tensor rows =
-      columns == 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+  const Tensor rows = columns == 1 || tensor.stride(3) == 1 ? tensor : make_contiguous(tensor);
   return {rows,
           static_cast<const std::byte*>(rows.const_data_ptr()),
           static_cast<int64_t>(rows.element_size()),
@@ -72,7 +80,13 @@ Operand read_rows(const char* name, const Tensor& tensor) {
           rows.stride(2)};
 }
 
+// torch.ops passes None for any tensor, also where the schema says Tensor.
+void check_defined(const char* name, const Tensor& tensor) {
+  check(tensor.defined(), name, " must be a tensor, got None");
+}
+
 void check_rank(const char* name, const Tensor& tensor) {
+  check_defined(name, tensor);
   check(tensor.dim() == 4, name, " must be 4-D [batch, heads, seqlen, head_dim], got ",
         Shape{tensor.sizes()});
 }
@@ -86,6 +100,17 @@ std::ostream& operator<<(std::ostream& out, const Shape& shape) {
     separator = ", ";
   }
   return out << (shape.sizes.empty() ? "[]" : "]");
+}
+
+Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return or_bad_alloc([&] {
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::empty(sizes, dtype, std::nullopt, cpu);
+  });
+}
+
+Tensor make_contiguous(const Tensor& tensor) {
+  return or_bad_alloc([&] { return torch::stable::contiguous(tensor); });
 }
 
 void check_memory(const char* name, const Tensor& tensor) {
@@ -131,13 +156,14 @@ Operand read_codes(const char* name, const Tensor& tensor, ScalarType dtype) {
 }
 
 Tensor read_fp32(const char* name, const Tensor& tensor, const std::array<int64_t, 3>& sizes) {
+  check_defined(name, tensor);
   const auto got = tensor.sizes();
   check(std::equal(sizes.begin(), sizes.end(), got.begin(), got.end()), name, " must have shape ",
         Shape{sizes}, ", got ", Shape{got});
   check(dtype_of(tensor) == aoti_torch_dtype_float32(), name, " must have dtype float32, got ",
         DtypeName{dtype_of(tensor)});
   check_memory(name, tensor);
-  return torch::stable::contiguous(tensor);
+  return make_contiguous(tensor);
 }
 
 Mask read_mask(const Tensor& tensor, int64_t batch, int64_t heads, int64_t seqlen_q,

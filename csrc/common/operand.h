@@ -22,6 +22,12 @@ struct Shape {
 };
 std::ostream& operator<<(std::ostream& out, const Shape& shape);
 
+// An uninitialised tensor on the CPU, and a contiguous one with the elements of another. Both throw
+// bad_alloc where torch cannot allocate: its C interface of 2.11 says only that a call failed.
+torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes,
+                                 torch::headeronly::ScalarType dtype);
+torch::stable::Tensor make_contiguous(const torch::stable::Tensor& tensor);
+
 // What every tensor argument must be: on the CPU, with all its elements inside its storage.
 void check_memory(const char* name, const torch::stable::Tensor& tensor);
 

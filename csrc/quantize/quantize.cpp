@@ -46,8 +46,7 @@ void check_groups(int64_t block, int64_t warp) {
 
 // The mean to subtract and return: given, computed, or zeros where nothing is smoothed.
 Tensor mean_of(const FloatOperand& x, const std::optional<Tensor>& given, bool smooth) {
-  Tensor mean =
-      torch::stable::new_empty(x.tensor, {x.batch, x.heads, x.columns}, ScalarType::Float);
+  Tensor mean = new_tensor({x.batch, x.heads, x.columns}, ScalarType::Float);
   if (given.has_value()) {
     check(smooth, "mean must be None when smooth is False, got a tensor");
     torch::stable::copy_(mean, read_fp32("mean", *given, {x.batch, x.heads, x.columns}));
@@ -203,10 +202,8 @@ std::tuple<Tensor, Tensor> quantize_query(const Tensor& query, const Text& qk,
   const FloatOperand q = read_float("query", query);
   const Groups groups =
       query_groups(parse("granularity", granularity, kGranularities), q.rows, block, warp);
-  Tensor codes =
-      torch::stable::new_empty(query, {q.batch, q.heads, q.rows, q.columns}, ScalarType::Char);
-  Tensor scales =
-      torch::stable::new_empty(query, {q.batch, q.heads, groups.scales(q.rows)}, ScalarType::Float);
+  Tensor codes = new_tensor({q.batch, q.heads, q.rows, q.columns}, ScalarType::Char);
+  Tensor scales = new_tensor({q.batch, q.heads, groups.scales(q.rows)}, ScalarType::Float);
   quantize_rows(q, nullptr, groups,
                 {static_cast<int8_t*>(codes.mutable_data_ptr()), q.columns,
                  static_cast<float*>(scales.mutable_data_ptr()), nullptr});
@@ -222,10 +219,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_key(const Tensor& key,
   const Groups groups =
       key_groups(parse("granularity", granularity, kGranularities), k.rows, block);
   const Tensor used_mean = mean_of(k, mean, smooth);
-  Tensor codes =
-      torch::stable::new_empty(key, {k.batch, k.heads, k.rows, k.columns}, ScalarType::Char);
-  Tensor scales =
-      torch::stable::new_empty(key, {k.batch, k.heads, groups.scales(k.rows)}, ScalarType::Float);
+  Tensor codes = new_tensor({k.batch, k.heads, k.rows, k.columns}, ScalarType::Char);
+  Tensor scales = new_tensor({k.batch, k.heads, groups.scales(k.rows)}, ScalarType::Float);
   quantize_rows(k, smooth ? fp32(used_mean) : nullptr, groups,
                 {static_cast<int8_t*>(codes.mutable_data_ptr()), k.columns,
                  static_cast<float*>(scales.mutable_data_ptr()), nullptr});
@@ -238,9 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_value(const Tensor& value,
   parse("pv", pv, kPvFormats);
   const FloatOperand v = read_float("value", value);
   const Tensor used_mean = mean_of(v, mean, smooth);
-  Tensor codes =
-      torch::stable::new_empty(value, {v.batch, v.heads, v.rows, v.columns}, ScalarType::BFloat16);
-  Tensor scales = torch::stable::new_empty(value, {v.batch, v.heads, v.columns}, ScalarType::Float);
+  Tensor codes = new_tensor({v.batch, v.heads, v.rows, v.columns}, ScalarType::BFloat16);
+  Tensor scales = new_tensor({v.batch, v.heads, v.columns}, ScalarType::Float);
   round_values(v, smooth ? fp32(used_mean) : nullptr,
                static_cast<uint16_t*>(codes.mutable_data_ptr()),
                static_cast<float*>(scales.mutable_data_ptr()));
