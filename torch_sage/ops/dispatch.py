@@ -81,7 +81,7 @@ def why_not(
     if (
         not reasons
         and config.dispatch == "measured"
-        and _exact_is_faster(q, k, v, attn_mask, causal)
+        and _exact_is_faster(q, k, v, causal)
     ):
         message = (
             f"query {list(query.shape)} and key {list(key.shape)} must be larger to be faster than "
@@ -313,14 +313,11 @@ def _limit_reasons(
     return reasons
 
 
-def _exact_is_faster(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: str
-) -> bool:
+def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor, causal: str) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
     batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
     return prefers_exact(
         query.device.type,
-        query.dtype,
         batch=batch,
         heads_q=heads_q,
         heads_kv=_hint(key.shape[1]),
@@ -328,8 +325,7 @@ def _exact_is_faster(
         seqlen_k=_hint(key.shape[2]),
         head_dim=head_dim,
         head_dim_v=_hint(value.shape[3]),
-        causal=causal,
-        has_mask=attn_mask is not None,
+        causal=causal != "none",
     )
 
 

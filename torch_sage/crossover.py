@@ -1,0 +1,56 @@
+"""Where exact SDPA is faster than quantized attention: measured, as one small rule per device.
+
+Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
+is their ratio: how often an element is used. A fixed cost per call comes on top. The numbers of a
+device are printed by ``python benchmarks/bench_attention.py --crossover``; docs/kernels/cpu.md shows
+the measurements behind them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Crossover(NamedTuple):
+    """From both of these on, quantized attention was measured to be the faster one."""
+
+    reuse: float
+    """Multiplications per element of q, k and v."""
+
+    multiplications: float
+    """Multiplications of one call."""
+
+
+# CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13.
+CROSSOVER: dict[str, Crossover] = {
+    "cpu": Crossover(reuse=64, multiplications=2e7),
+}
+
+
+def prefers_exact(
+    device_type: str,
+    *,
+    batch: int,
+    heads_q: int,
+    heads_kv: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    head_dim: int,
+    head_dim_v: int,
+    causal: bool,
+) -> bool:
+    """Return whether exact SDPA was measured to be faster at these sizes.
+
+    A device without measurements never prefers it.
+    """
+    crossover = CROSSOVER.get(device_type)
+    if crossover is None:
+        return False
+    pairs = seqlen_q * seqlen_k / (2 if causal else 1)
+    multiplications = batch * heads_q * pairs * (head_dim + head_dim_v)
+    query_elements = batch * heads_q * seqlen_q * head_dim
+    key_elements = batch * heads_kv * seqlen_k * (head_dim + head_dim_v)
+    return (
+        multiplications < crossover.multiplications
+        or multiplications < crossover.reuse * (query_elements + key_elements)
+    )
