@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -20,6 +23,14 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 def prose() -> str:
     """Return chapters of the Python language reference."""
     return "\n\n".join(topics[name] for name in _CHAPTERS)
+
+
+def zen() -> str:
+    """Return the Zen of Python as one paragraph."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the module prints itself when imported
+        import this
+    _title, _, aphorisms = codecs.decode(this.s, "rot13").partition("\n")
+    return " ".join(aphorisms.split())
 
 
 def speech() -> tuple[np.ndarray, int]:
