@@ -2,8 +2,8 @@
 
 Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
 is their ratio: how often an element is used. A fixed cost per call comes on top. The numbers of a
-device are printed by ``python benchmarks/bench_attention.py --crossover``; docs/kernels/cpu.md shows
-the measurements behind them.
+device are printed by ``python benchmarks/bench_attention.py --crossover``; docs/kernels/cpu.md
+shows the measurements behind them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,6 @@ def prefers_exact(
         return False
     pairs = seqlen_q * seqlen_k / (2 if causal else 1)
     multiplications = batch * heads_q * pairs * (head_dim + head_dim_v)
-    query_elements = batch * heads_q * seqlen_q * head_dim
-    key_elements = batch * heads_kv * seqlen_k * (head_dim + head_dim_v)
-    return (
-        multiplications < crossover.multiplications
-        or multiplications < crossover.reuse * (query_elements + key_elements)
-    )
+    elements = batch * heads_q * seqlen_q * head_dim
+    elements += batch * heads_kv * seqlen_k * (head_dim + head_dim_v)
+    return multiplications < max(crossover.multiplications, crossover.reuse * elements)

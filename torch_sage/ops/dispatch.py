@@ -78,11 +78,7 @@ def why_not(
         reasons.append(Reason(ReasonCode.INVALID_INPUT, problem))
     q, k, v = as_matrices(query, key, value)
     reasons += _limit_reasons(q, k, v, attn_mask)
-    if (
-        not reasons
-        and config.dispatch == "measured"
-        and _exact_is_faster(q, k, v, causal)
-    ):
+    if not reasons and config.dispatch == "measured" and _exact_is_faster(q, k, v, causal):
         message = (
             f"query {list(query.shape)} and key {list(key.shape)} must be larger to be faster than "
             "exact SDPA; dispatch='always' ignores this"
