@@ -7,8 +7,9 @@ calls are staged as ``Planned`` values and become nodes in ``insert``.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
@@ -57,9 +58,11 @@ def tensor(value: Value) -> Tensor:
 
 def is_tensor(value: object) -> bool:
     """Return whether ``value`` is a node or planned call with a (fake) tensor result."""
-    return isinstance(value, (Node, Planned)) and (
-        isinstance(value, Planned) or "val" in value.meta
-    ) and isinstance(val(value), Tensor)
+    return (
+        isinstance(value, (Node, Planned))
+        and (isinstance(value, Planned) or "val" in value.meta)
+        and isinstance(val(value), Tensor)
+    )
 
 
 def plan(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Planned:
@@ -139,6 +142,85 @@ def product(factors: list[Any]) -> Any:
         else:
             result = plan(operator.mul, result, factor)
     return result
+
+
+def is_training(graph: Graph) -> bool:
+    """Return whether autograd will differentiate this graph: the joint graph takes tangents."""
+    return any(
+        node.op == "placeholder" and str(node.target).startswith("tangents") for node in graph.nodes
+    )
+
+
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """Return every argument of an operator call by its schema name, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {
+        argument.name: argument.default_value
+        for argument in schema.arguments
+        if argument.has_default_value()
+    }
+    names = (argument.name for argument in schema.arguments)
+    bound.update(zip(names, node.args, strict=False))
+    bound.update(node.kwargs)
+    return bound
+
+
+def has_strides(fake: Tensor, strides: Iterable[Size]) -> bool:
+    """Return whether ``fake`` is known to have ``strides``; those of size-1 dimensions are moot."""
+    return all(
+        same(extent, 1) or same(a, b)
+        for extent, a, b in zip(fake.shape, fake.stride(), strides, strict=True)
+    )
+
+
+def dense_strides(shape: Iterable[Size], order: Iterable[int]) -> list[Size]:
+    """Return the strides of a gapless tensor whose dimensions lie in memory in ``order``."""
+    sizes = list(shape)
+    strides: list[Size] = [1] * len(sizes)
+    step: Size = 1
+    for dim in reversed(list(order)):
+        strides[dim] = step
+        step = step * sizes[dim]
+    return strides
+
+
+def memory_order(fake: Tensor) -> tuple[int, ...] | None:
+    """Return the order of the dimensions of a gapless tensor in memory, or None if it has gaps."""
+    for order in itertools.permutations(range(fake.dim())):
+        if has_strides(fake, dense_strides(fake.shape, order)):
+            return order
+    return None
+
+
+def output_order(fake: Tensor) -> str:
+    """Return the op's ``output_order`` that gives a [B, H, N, D] result these strides, or is next."""
+    return "bshd" if memory_order(fake) == (0, 2, 1, 3) else "bhsd"
+
+
+def restride(value: Value, like: Tensor) -> Value | None:
+    """Return ``value`` with the strides of ``like``, copied if need be; None if those have gaps."""
+    if has_strides(tensor(value), like.stride()):
+        return value
+    order = memory_order(like)
+    if order is None:
+        return None
+    inverse = [order.index(dim) for dim in range(len(order))]
+    packed = plan(
+        aten.clone.default,
+        plan(aten.permute.default, value, list(order)),
+        memory_format=torch.contiguous_format,
+    )
+    return plan(aten.permute.default, packed, inverse)
+
+
+def erase_dead(graph: Graph, node: Node) -> None:
+    """Erase ``node`` if nothing uses it, then what only it used; inputs stay."""
+    if node.users or node.op != "call_function" or node.is_impure():
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for used in inputs:
+        erase_dead(graph, used)
 
 
 def live_nodes(graph: Graph) -> set[Node]:

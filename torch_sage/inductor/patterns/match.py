@@ -43,6 +43,9 @@ class Match:
     scale: float | None = None
     """As in the op; None is 1 / sqrt(head_dim)."""
 
+    dropout_p: float = 0.0
+    """Dropout of the attention weights; anything but 0 is refused by ``why_not``."""
+
     output_order: str = "bhsd"
     """The memory order in which ``finish`` wants the attention output."""
 

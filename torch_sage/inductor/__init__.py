@@ -1,0 +1,19 @@
+"""The Inductor passes: switch them on, and see what they did."""
+
+from __future__ import annotations
+
+from torch_sage.inductor.explain import explain
+from torch_sage.inductor.report import Report, report
+from torch_sage.inductor.switch import Handle, backend, disable, enable, is_enabled, options
+
+__all__ = [
+    "Handle",
+    "Report",
+    "backend",
+    "disable",
+    "enable",
+    "explain",
+    "is_enabled",
+    "options",
+    "report",
+]

@@ -1,0 +1,44 @@
+"""May this match be rewritten? ``why_not`` on the graph's fake tensors; adds no guard.
+
+Only shapes, dtypes, strides and devices of fake values count. They follow from the graph and its
+inputs, which cache keys cover; other node annotations are in no key, so nothing here reads them.
+"""
+
+from __future__ import annotations
+
+from torch_sage.config import SageConfig
+from torch_sage.inductor.graph_utils import tensor
+from torch_sage.inductor.patterns.match import Match
+from torch_sage.ops.dispatch import why_not
+from torch_sage.ops.reasons import Reason
+
+TRAINING = Reason("training", "The graph is differentiated; quantized attention has no gradient.")
+LSE_USED = Reason("lse_used", "Another output than the attention itself is used, such as its LSE.")
+TORCH_FUSION = Reason(
+    "torch_fusion",
+    "Inductor's own fuse_attention made this node in a graph with a softmax over another dimension "
+    "than the last, which it takes for one over the last.",
+)
+SOFTMAX_DIM = "softmax_dim"
+"""Code of a refusal by the manual pattern: its softmax runs over another dimension than the last."""
+
+SCALE_UNKNOWN = Reason("scale_unknown", "scale must be a number known at compile time.")
+OUTPUT_LAYOUT = Reason(
+    "output_layout", "The output's strides have gaps, which a copy would not reproduce."
+)
+
+
+def reasons_against(match: Match, config: SageConfig) -> tuple[Reason, ...]:
+    """Return every reason not to compute ``match`` by torch_sage; empty means it may be."""
+    return why_not(
+        tensor(match.query),
+        tensor(match.key),
+        tensor(match.value),
+        None if match.attn_mask is None else tensor(match.attn_mask),
+        match.dropout_p,
+        False,
+        match.scale,
+        True,
+        config=config,
+        causal=match.causal,
+    )

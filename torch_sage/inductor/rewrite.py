@@ -1,0 +1,115 @@
+"""Turning one match into a torch_sage op, or into the reasons why it stays."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from torch_sage.config import SageConfig
+from torch_sage.inductor.eligibility import OUTPUT_LAYOUT, reasons_against
+from torch_sage.inductor.graph_utils import (
+    erase_dead,
+    has_strides,
+    insert,
+    plan,
+    tensor,
+)
+from torch_sage.inductor.patterns.match import Match, Refusal
+from torch_sage.inductor.records import (
+    AttentionRecord,
+    attach,
+    describe,
+    module_name,
+    source_line,
+)
+from torch_sage.ops.reasons import Reason
+from torch_sage.recipes import resolve
+
+# Informational annotations that new nodes inherit from the node they replace.
+_INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+
+
+def apply(
+    graph: Graph, found: Match | Refusal, config: SageConfig, against: tuple[Reason, ...] = ()
+) -> bool:
+    """Rewrite ``found`` if nothing is ``against`` it; attach the record either way.
+
+    Returns:
+        Whether it was rewritten.
+    """
+    if isinstance(found, Refusal):
+        attach(found.anchor, _record(found, "", against or found.reasons))
+        return False
+    reasons = against or reasons_against(found, config)
+    recipe = None if reasons else resolve(config, tensor(found.query).device.type)
+    if recipe is None:
+        attach(found.anchor, _record(found, "", reasons))
+        return False
+    op = plan(
+        torch.ops.torch_sage.sdpa.default,
+        found.query,
+        found.key,
+        found.value,
+        found.attn_mask,
+        found.causal,
+        found.scale,
+        output_order=found.output_order,
+        **recipe.op_kwargs(),
+    )
+    result = found.finish(op)
+    anchor = found.anchor
+    if result is None or not has_strides(tensor(result), tensor(anchor).stride()):
+        attach(anchor, _record(found, "", (OUTPUT_LAYOUT,)))
+        return False
+    record = _record(found, recipe.name, ())
+    _replace(graph, anchor, insert_before(graph, anchor, result))
+    assert op.node is not None
+    attach(op.node, record)
+    return True
+
+
+def insert_before(graph: Graph, anchor: Node, result: object) -> Node:
+    """Insert a planned value before ``anchor``; new nodes inherit its informational meta."""
+    before = anchor.prev
+    with graph.inserting_before(anchor):
+        node = insert(graph, result)
+    assert isinstance(node, Node)
+    inherited = {key: anchor.meta[key] for key in _INHERITED_META if key in anchor.meta}
+    created = before.next
+    while created is not anchor:
+        created.meta = {**inherited, **created.meta}
+        created = created.next
+    return node
+
+
+def _replace(graph: Graph, anchor: Node, node: Node) -> None:
+    anchor.replace_all_uses_with(node)
+    erase_dead(graph, anchor)
+
+
+def _target(anchor: Node) -> str:
+    """Return the name of the operator, which may be behind the pick of its first output."""
+    if anchor.target is operator.getitem:
+        anchor = anchor.all_input_nodes[0]
+    return str(anchor.target)
+
+
+def _record(found: Match | Refusal, recipe: str, reasons: tuple[Reason, ...]) -> AttentionRecord:
+    anchor = found.anchor
+    match = found if isinstance(found, Match) else None
+    return AttentionRecord(
+        pattern=found.pattern,
+        target=_target(anchor),
+        module=module_name(anchor),
+        source=source_line(anchor),
+        query=describe(tensor(match.query)) if match else "",
+        key=describe(tensor(match.key)) if match else "",
+        value=describe(tensor(match.value)) if match else "",
+        attn_mask=describe(tensor(match.attn_mask)) if match and match.attn_mask else "",
+        causal=match.causal if match else "",
+        device=str(tensor(match.query).device) if match else "",
+        recipe=recipe,
+        reasons=reasons,
+    )
