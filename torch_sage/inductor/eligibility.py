@@ -20,7 +20,7 @@ TORCH_FUSION = Reason(
     "than the last, which it takes for one over the last.",
 )
 SOFTMAX_DIM = "softmax_dim"
-"""Code of a refusal by the manual pattern: its softmax runs over another dimension than the last."""
+"""Code of the manual pattern's refusal of a softmax over another dimension than the last."""
 
 SCALE_UNKNOWN = Reason("scale_unknown", "scale must be a number known at compile time.")
 OUTPUT_LAYOUT = Reason(

@@ -65,8 +65,8 @@ def _options_of(model: Callable[..., Any]) -> dict[str, Any] | None:
     """Return the options that a ``torch.compile`` result carries, or None."""
     if not isinstance(model, OptimizedModule):
         return None
-    backend = innermost_backend(model.dynamo_ctx.callback)
-    return getattr(backend, "config", None)
+    backend: Any = model.dynamo_ctx.callback
+    return getattr(innermost_backend(backend), "config", None)
 
 
 def _notes() -> Iterator[str]:

@@ -31,6 +31,7 @@ class Planned:
     def __init__(
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        """Compute the fake result; nothing is inserted."""
         self.target = target
         self.args = args
         self.kwargs = kwargs
@@ -193,7 +194,7 @@ def memory_order(fake: Tensor) -> tuple[int, ...] | None:
 
 
 def output_order(fake: Tensor) -> str:
-    """Return the op's ``output_order`` that gives a [B, H, N, D] result these strides, or is next."""
+    """Return the op's ``output_order`` that gives these strides, or else the plain one."""
     return "bshd" if memory_order(fake) == (0, 2, 1, 3) else "bhsd"
 
 

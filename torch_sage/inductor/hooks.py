@@ -7,6 +7,7 @@ threads and executors would not see it; there the entry's default is set as well
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,11 @@ from torch.fx import Graph
 TAKES_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
 
 
-class Chain(CustomGraphPass):  # type: ignore[misc]  # torch does not type its ABC
+class Chain(CustomGraphPass):
     """Several passes as one, for a hook that takes one."""
 
     def __init__(self, *passes: Any) -> None:
+        """Take the passes in the order in which they run."""
         self.passes = passes
 
     def __call__(self, graph: Graph) -> None:
@@ -76,7 +78,8 @@ class _Saved:
 class Installation:
     """Passes in Inductor's hooks, until ``remove``."""
 
-    def __init__(self, passes: dict[str, CustomGraphPass]) -> None:
+    def __init__(self, passes: Mapping[str, CustomGraphPass]) -> None:
+        """Append each pass to the hook that it is the value of."""
         self.passes = passes
         self._saved = {name: _install(name, one) for name, one in passes.items()}
 

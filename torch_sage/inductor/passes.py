@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch.fx import Graph, Node
 
 from torch_sage import _extension
@@ -52,12 +52,13 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-class SagePass(CustomGraphPass):  # type: ignore[misc]  # torch does not type its ABC
+class SagePass(CustomGraphPass):
     """A pass with a configuration: its own, or the enabled one when it is installed globally."""
 
     stage: ClassVar[str]
 
     def __init__(self, config: Callable[[], SageConfig | None]) -> None:
+        """Ask ``config`` at every run."""
         self._config = config
 
     @property
@@ -96,7 +97,7 @@ class SagePass(CustomGraphPass):  # type: ignore[misc]  # torch does not type it
 
     def __eq__(self, other: object) -> bool:
         """Equal passes do the same, so that dynamo may reuse code compiled for an equal one."""
-        return type(self) is type(other) and self._config == other._config  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._config == other._config
 
     def __hash__(self) -> int:
         """Agree with ``__eq__``."""

@@ -6,11 +6,20 @@ Each function returns the operand itself when there is nothing to peel; the op t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from torch_sage.inductor.graph_utils import Value, aten, plan, same, same_shape, tensor
+from torch_sage.inductor.graph_utils import (
+    Value,
+    aten,
+    bound_arguments,
+    plan,
+    same,
+    same_shape,
+    tensor,
+)
 
 # aten ops that only re-describe their first argument; a chain of them to the output is visible.
 _VIEWS = frozenset(
@@ -35,39 +44,42 @@ def keep_mask(mask: Node, hidden: float = -math.inf) -> Value:
     only has such entries attends to all keys, not to none.
     """
     if _calls(mask, aten.expand.default):
-        inner = keep_mask(mask.args[0], hidden)
-        return mask if inner is mask.args[0] else plan(aten.expand.default, inner, mask.args[1])
+        inner, shape = _arguments(mask)
+        peeled = keep_mask(inner, hidden)
+        return mask if peeled is inner else plan(aten.expand.default, peeled, shape)
     if not _calls(mask, aten.where.self):
         return mask
-    keep, zero, lowest = mask.args
-    is_keep = tensor(keep).dtype is torch.bool and _constant(zero) == 0
-    return keep if is_keep and _constant(lowest) in (hidden, -math.inf) else mask
+    keep, zero, lowest = _arguments(mask)
+    if not isinstance(keep, Node) or tensor(keep).dtype is not torch.bool:
+        return mask
+    return keep if _constant(zero) == 0 and _constant(lowest) in (hidden, -math.inf) else mask
 
 
-def unrepeated(operand: Node) -> Value:
+def unrepeated(operand: Node) -> Node:
     """Return K or V before its heads were repeated for the query's, or ``operand`` itself.
 
     ``repeat_interleave`` and ``expand`` + ``reshape`` both trace to unsqueeze(2), expand, clone,
     view. The op groups heads itself and then quantizes each K/V head once.
     """
-    steps = (aten.view.default, aten.clone.default, aten.expand.default, aten.unsqueeze.default)
-    chain = [operand]
-    for target in steps:
-        if not _calls(chain[-1], target) and target is aten.clone.default:
-            continue
-        if not _calls(chain[-1], target):
-            return operand
-        chain.append(chain[-1].args[0])
-    view, expand, unsqueeze, source = operand, chain[-3], chain[-2], chain[-1]
-    if unsqueeze.args[1] != 2 or tensor(source).dim() != 4:
+    if not _calls(operand, aten.view.default):
         return operand
-    batch, heads, length, dim = tensor(source).shape
+    (expand, *_) = _arguments(operand)
+    if _calls(expand, aten.clone.default):
+        (expand, *_) = _arguments(expand)
+    if not _calls(expand, aten.expand.default):
+        return operand
+    (unsqueeze, *_) = _arguments(expand)
+    if not _calls(unsqueeze, aten.unsqueeze.default):
+        return operand
+    source, dim = _arguments(unsqueeze)
+    if dim != 2 or tensor(source).dim() != 4:
+        return operand
+    batch, heads, length, head_dim = tensor(source).shape
     repeats = tensor(expand).shape[2]
-    repeated = (batch, heads, repeats, length, dim)
-    flat = (batch, heads * repeats, length, dim)
-    if same_shape(tensor(expand).shape, repeated) and same_shape(tensor(view).shape, flat):
-        return source
-    return operand
+    repeated = (batch, heads, repeats, length, head_dim)
+    flat = (batch, heads * repeats, length, head_dim)
+    is_repeat = same_shape(tensor(expand).shape, repeated)
+    return source if is_repeat and same_shape(tensor(operand).shape, flat) else operand
 
 
 def unpadded(
@@ -78,40 +90,46 @@ def unpadded(
     CUDA kernels pad head_dim to a multiple of 8 outside the operator; ours pads inside. The slice
     has gaps in its strides, which are only kept where the caller of the graph could see them.
     """
-    padded = (query, key, value)
-    if not all(_calls(x, aten.constant_pad_nd.default) for x in padded):
-        return None
-    if any(len(x.args[1]) != 2 or x.args[1][0] != 0 or _pad_value(x) != 0 for x in padded):
-        return None
+    sources = [_before_padding(operand) for operand in (query, key, value)]
     users = list(output.users)
-    if len(users) != 1 or not _calls(users[0], aten.slice.Tensor):
+    if None in sources or len(users) != 1 or not _calls(users[0], aten.slice.Tensor):
         return None
-    cut = users[0]
-    sources = tuple(x.args[0] for x in padded)
-    _, dim, start, end = (*cut.args, 0, None, None)[:4]
-    head_dim = tensor(sources[2]).shape[-1]
-    if dim not in (-1, 3) or start not in (0, None) or end is None or _visible(cut):
+    q, k, v = (source for source in sources if source is not None)
+    cut = bound_arguments(users[0])
+    is_inverse = (
+        cut["dim"] in (-1, 3)
+        and cut["start"] in (0, None)
+        and cut["step"] == 1
+        and same(tensor(users[0]).shape[-1], tensor(v).shape[-1])
+    )
+    return None if not is_inverse or _visible(users[0]) else (q, k, v, users[0])
+
+
+def _before_padding(operand: Node) -> Node | None:
+    """Return what was padded with zeros at the end of its last dimension only, if it was."""
+    if not _calls(operand, aten.constant_pad_nd.default):
         return None
-    return (*sources, cut) if same(tensor(cut).shape[-1], head_dim) else None
+    bound = bound_arguments(operand)
+    source, pad = bound["self"], bound["pad"]
+    return source if len(pad) == 2 and pad[0] == 0 and bound["value"] == 0 else None
+
+
+def _arguments(node: Any) -> tuple[Any, ...]:
+    return tuple(node.args)
 
 
 def _calls(node: object, target: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
 
 
-def _constant(node: object) -> float | None:
+def _constant(node: Any) -> float | None:
     """Return the number that a 0-d tensor node was made from, before or after constant folding."""
+    number = None
     if _calls(node, aten.scalar_tensor.default):
         number = node.args[0]
     elif _calls(node, aten.full.default):
         number = node.args[1]
-    else:
-        return None
     return number if isinstance(number, (int, float)) else None
-
-
-def _pad_value(node: Node) -> object:
-    return node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
 
 
 def _visible(node: Node) -> bool:

@@ -115,12 +115,8 @@ def _parse(payload: str) -> tuple[AttentionRecord, ...]:
 def _notes() -> list[str]:
     """Return what is known to have kept graphs away from the passes."""
     notes = []
-    seen = (
-        counters["inductor"][f"{COUNTER}graphs"]
-        if f"{COUNTER}graphs" in counters["inductor"]
-        else 0
-    )
-    unseen = counters["stats"]["unique_graphs"] - seen
+    seen = counters["inductor"].get(f"{COUNTER}graphs", 0)
+    unseen = counters["stats"].get("unique_graphs", 0) - seen
     if not seen:
         notes.append("the passes have not run on any graph in this process")
     elif unseen > 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +40,7 @@ class Handle:
     """What ``enable`` returns: ``close()`` or leaving the ``with`` block takes it back."""
 
     def __init__(self, config: SageConfig) -> None:
+        """Hold ``config`` for ``enable``."""
         self.config = config
 
     def close(self) -> None:
@@ -51,6 +51,7 @@ class Handle:
                 _apply()
 
     def __enter__(self) -> Handle:
+        """Return itself; ``enable`` has begun already."""
         return self
 
     def __exit__(
@@ -59,6 +60,7 @@ class Handle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close."""
         self.close()
 
 
@@ -81,8 +83,8 @@ def enable(config: SageConfig | str | None = None) -> Handle:
     if stale:
         warnings.warn(
             f"torch_sage.enable() came after {stale} function(s) were compiled. They will be "
-            "compiled again, with torch_sage, at their next call; call enable() before compiling to "
-            "compile once. AOTInductor packages and CUDA graphs captured by hand stay as they are.",
+            "compiled again, with torch_sage, at their next call; call enable() before compiling "
+            "to compile once. AOTInductor packages and captured CUDA graphs stay as they are.",
             stacklevel=2,
         )
     return handle
@@ -140,7 +142,7 @@ def backend(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Any:
     """Compile as ``torch.compile(model, backend="torch_sage")``: Inductor with the passes.
 
     The configuration is the enabled one, else the default.
@@ -148,8 +150,7 @@ def backend(
     from torch._inductor.compile_fx import compile_fx
 
     patches = _scoped_options(enabled_config(), mode, **(options or {}))
-    compiled: Callable[..., Any] = compile_fx(graph_module, example_inputs, config_patches=patches)
-    return compiled
+    return compile_fx(graph_module, example_inputs, config_patches=patches)
 
 
 _scoped_options = options

@@ -30,9 +30,9 @@ class Match:
     value: Value
     """[batch, heads_kv, seqlen_k, head_dim_v], any strides."""
 
-    finish: Callable[[Value], Value]
+    finish: Callable[[Value], Value | None]
     """Turns the attention output (in ``output_order``) into the anchor's exact shape, dtype and
-    strides."""
+    strides; None where no copy has those strides."""
 
     attn_mask: Value | None = None
     """Bool (True = keep) or float, 4-D, broadcastable to [batch, heads, seqlen_q, seqlen_k]."""
