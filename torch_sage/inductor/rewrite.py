@@ -64,6 +64,9 @@ def apply(
         attach(anchor, _record(found, "", (OUTPUT_LAYOUT,)))
         return False
     record = _record(found, recipe.name, ())
+    for gone, stays in found.sizes.items():
+        gone.replace_all_uses_with(stays)
+        graph.erase_node(gone)
     _replace(graph, anchor, insert_before(graph, anchor, result))
     assert op.node is not None
     attach(op.node, record)

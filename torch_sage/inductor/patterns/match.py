@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import Node
 
@@ -48,6 +48,9 @@ class Match:
 
     output_order: str = "bhsd"
     """The memory order in which ``finish`` wants the attention output."""
+
+    sizes: dict[Node, Node] = field(default_factory=dict)
+    """Symbolic sizes read off tensors that disappear, and equal ones that stay."""
 
 
 @dataclass(frozen=True)

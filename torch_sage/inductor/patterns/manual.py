@@ -1,0 +1,287 @@
+"""Hand-written attention: matmul, softmax, matmul with what models put between them.
+
+The walk starts at the second matmul and goes up by meaning, not by a literal tree: any views,
+casts, scales and masks in any order and spelling. It stops at the first thing it cannot prove.
+
+Two documented differences to the graph it replaces. A row whose every key is masked with -inf gives
+0 as in SDPA, where a plain softmax gives NaN (torch's own fusion does the same). Attention that the
+model computes in separate operators on purpose, such as SDPA's math backend, is rewritten, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from torch_sage.inductor.graph_utils import (
+    Size,
+    Value,
+    aten,
+    call_functions,
+    live_nodes,
+    plan,
+    product,
+    same,
+    size,
+    tensor,
+)
+from torch_sage.inductor.patterns import refusals
+from torch_sage.inductor.patterns.axes import Axes, Extent, axes_of, is_one, step_up
+from torch_sage.inductor.patterns.masks import Mask, Scale, Unsupported
+from torch_sage.inductor.patterns.match import Match, Refusal
+from torch_sage.inductor.patterns.operands import (
+    Operand,
+    Source,
+    arrange_key_value,
+    arrange_query,
+    batch_and_heads,
+    sources,
+)
+from torch_sage.inductor.patterns.scalars import cast_source
+from torch_sage.inductor.patterns.scores import (
+    ADDED_MATMULS,
+    MATMULS,
+    Path,
+    climb,
+    makes_scores,
+)
+from torch_sage.inductor.patterns.softmax import Softmax, is_call, match_softmax
+from torch_sage.ops.reasons import Reason
+
+NAME = "manual"
+
+
+def find(graph: Graph) -> Iterator[Match | Refusal]:
+    """Yield hand-written attention in graph order; each one may be rewritten before the next."""
+    for node in call_functions(graph, *MATMULS):
+        for transposed in (False, True):
+            weights = find_weights(node, transposed)
+            if weights is None:
+                continue
+            try:
+                match = understand(graph, weights)
+            except Unsupported as refused:
+                yield Refusal(NAME, node, (refused.reason,))
+                break
+            if match is not None:
+                yield match
+                break
+
+
+class Weights(NamedTuple):
+    """Attention weights that a matmul multiplies with the value."""
+
+    matmul: Node
+    transposed: bool
+    """The matmul computes V^T P^T."""
+
+    softmax: Softmax
+    axes: Axes
+    """Of the softmax: they flatten it to [batch * heads, seqlen_q, seqlen_k]."""
+
+    nodes: tuple[Node, ...]
+    """All nodes that hold the weights."""
+
+    modified: Reason | None
+    """Why they are not simply a softmax."""
+
+
+def matrix_axes(node: Node, transposed: bool) -> Axes:
+    """Return the axes of a matmul's argument, the last two exchanged if ``transposed``."""
+    rank = tensor(node).dim()
+    return axes_of(node, [*range(rank - 2), rank - 1, rank - 2] if transposed else None)
+
+
+def find_weights(matmul: Node, transposed: bool) -> Weights | None:
+    """Return the attention weights that ``matmul`` takes as its first or, transposed, second."""
+    node = matmul.args[1 if transposed else 0]
+    assert isinstance(node, Node)
+    axes = matrix_axes(node, transposed)
+    nodes: list[Node] = []
+    while True:
+        softmax = match_softmax(node)
+        if softmax is not None:
+            return Weights(matmul, transposed, softmax, axes, (*nodes, *softmax.nodes), None)
+        nodes.append(node)
+        up, cast = step_up(node, axes), cast_source(node)
+        if up is not None and all(a.dim is not None for a in up[1]):
+            node, axes = up
+        elif cast is not None and tensor(cast).is_floating_point():
+            node = cast
+        else:
+            break
+    return find_modified(matmul, transposed, node)
+
+
+def find_modified(matmul: Node, transposed: bool, last: Node) -> Weights | None:
+    """Return weights that are changed after a softmax close above ``last``."""
+    queue, seen = [last], {last}
+    while queue and len(seen) < 12:
+        node = queue.pop(0)
+        softmax = match_softmax(node)
+        if softmax is not None and makes_scores(softmax.scores, last):
+            random = any(is_random(n) for n in seen)
+            reason = refusals.WEIGHTS_DROPOUT if random else refusals.WEIGHTS_MODIFIED
+            return Weights(matmul, transposed, softmax, (), (), reason)
+        for above in node.all_input_nodes:
+            if above not in seen:
+                seen.add(above)
+                queue.append(above)
+    return None
+
+
+def is_random(node: Node) -> bool:
+    """Return whether ``node`` draws random numbers."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def understand(graph: Graph, weights: Weights) -> Match | None:
+    """Return the attention that ends in ``weights.matmul``; None if it is something else.
+
+    Raises:
+        Unsupported: if it looks like attention but must stay.
+    """
+    if weights.modified is not None:
+        raise Unsupported(weights.modified)
+    matmul, softmax, axes = weights.matmul, weights.softmax, weights.axes
+    shape = tensor(matmul.args[1 if weights.transposed else 0]).shape  # type: ignore[arg-type]
+    seqlen_q, seqlen_k = shape[-2:] if not weights.transposed else (shape[-1], shape[-2])
+    folded = (shape[0] if len(shape) == 3 else 1, seqlen_q, seqlen_k)
+    if not runs_over_keys(softmax, axes, seqlen_k):
+        if makes_scores(softmax.scores, softmax.nodes[0]):
+            raise Unsupported(refusals.SOFTMAX_DIM)
+        return None
+    path = climb(softmax.scores, axes, folded)
+    if isinstance(path, Node):
+        if makes_scores(path, softmax.nodes[0]):
+            raise Unsupported(lost_at(path))
+        return None
+    match = build(weights, path, folded)
+    return replace(match, sizes=equal_sizes(graph, {*weights.nodes, *path.nodes}, matmul))
+
+
+def lost_at(node: Node) -> Reason:
+    """Return the reason for scores that cannot be followed beyond ``node``."""
+    if node.target in (*MATMULS, *ADDED_MATMULS):
+        return refusals.MASK_LAYOUT
+    code, message = refusals.SCORE_OP
+    return Reason(code, f"{message[:-1]}, got {node.target}.")
+
+
+def runs_over_keys(softmax: Softmax, axes: Axes, seqlen_k: Size) -> bool:
+    """Return whether softmax normalizes each query's weights, whatever the layout."""
+    if is_one(seqlen_k):
+        return is_one(tensor(softmax.nodes[0]).shape[softmax.dim])
+    return axes[-1].dim == softmax.dim and same(axes[-1].size, seqlen_k)
+
+
+def equal_sizes(graph: Graph, inside: set[Node], matmul: Node) -> dict[Node, Node]:
+    """Return equal nodes for symbolic sizes of ``inside``, which nothing else outside may use."""
+    outside = {user for node in inside for user in node.users} - inside - {matmul}
+    if not outside or outside.isdisjoint(live := live_nodes(graph)):
+        return {}
+    found = {}
+    for user in outside & live:
+        equal = earlier_size(graph, user) if is_call(user, aten.sym_size.int) else None
+        if equal is None:
+            raise Unsupported(refusals.WEIGHTS_USED)
+        found[user] = equal
+    return found
+
+
+def earlier_size(graph: Graph, wanted: Node) -> Node | None:
+    """Return a node before ``wanted`` that is the same symbolic number, not read off a tensor."""
+    for node in graph.nodes:
+        if node is wanted:
+            return None
+        if not isinstance(node.meta.get("val"), torch.SymInt) or is_call(node, aten.sym_size.int):
+            continue
+        if same(node.meta["val"], wanted.meta["val"]):
+            return node  # type: ignore[no-any-return]
+    return None
+
+
+def build(weights: Weights, path: Path, folded: tuple[Size, Size, Size]) -> Match:
+    """Return the match, with operands in the best split of the folded batch."""
+    matmul = weights.matmul
+    left, right = path.matmul.args[-2:]
+    query, key = (right, left) if path.transposed else (left, right)
+    value = matmul.args[0 if weights.transposed else 1]
+    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    dtype = tensor(matmul).dtype
+    q = sources(query, matrix_axes(query, path.transposed), dtype, unscale=True)
+    k = sources(key, matrix_axes(key, not path.transposed), dtype, unscale=True)
+    v = sources(value, matrix_axes(value, weights.transposed), dtype, unscale=False)
+    masked = [Source(s.at, s.axes, 1.0) for s in path.steps if not isinstance(s, Scale)]
+    tokens_q = matrix_extents(query, path.transposed)
+    tokens_k = matrix_extents(key, not path.transposed)
+    dims_v = matrix_extents(value, weights.transposed)
+    refused = refusals.MASK_LAYOUT
+    for split in batch_and_heads((k, v, q), masked):
+        arranged_q = arrange_query(q, (*split, *tokens_q))
+        arranged_kv = arrange_key_value(k, v, (*split, *tokens_k), (*split, *dims_v))
+        if arranged_q is None or arranged_kv is None:
+            continue
+        mask = Mask()
+        try:
+            for step in path.steps:
+                mask.apply(step, (*split, tokens_q[0], tokens_k[0]))
+        except Unsupported as unsupported:
+            refused = unsupported.reason
+            continue
+        return assemble(weights, arranged_q, *arranged_kv, mask)
+    raise Unsupported(refused)
+
+
+def matrix_extents(node: Node, transposed: bool) -> tuple[Extent, Extent]:
+    """Return rows and columns of a matmul's argument."""
+    shape = tensor(node).shape
+    rows, columns = (Extent(shape[d], size(node, d)) for d in (-2, -1))
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def assemble(weights: Weights, q: Operand, k: Operand, v: Operand, mask: Mask) -> Match:
+    """Return the match of arranged operands, in one dtype."""
+    matmul = weights.matmul
+    query = q.value
+    for factor in mask.factors:
+        query = converted(plan(aten.mul.Tensor, query, factor), tensor(query).dtype)
+    operands = (query, k.value, v.value)
+    dtype = tensor(matmul).dtype
+    for operand in operands:
+        dtype = torch.promote_types(dtype, tensor(operand).dtype)
+    query, key, value = (converted(operand, dtype) for operand in operands)
+
+    def finish(output: Value) -> Value:
+        shape = [size(output, d) for d in range(4)]
+        folded = [product(shape[:2])] if tensor(matmul).dim() == 3 else []
+        result: Value = plan(aten.view.default, output, [*folded, *shape[2:]])
+        if weights.transposed:
+            dims = list(range(tensor(matmul).dim()))
+            dims[-1], dims[-2] = dims[-2], dims[-1]
+            result = plan(aten.permute.default, result, dims)
+            result = plan(aten.clone.default, result, memory_format=torch.contiguous_format)
+        return converted(result, tensor(matmul).dtype)
+
+    return Match(
+        pattern=NAME,
+        anchor=matmul,
+        query=query,
+        key=key,
+        value=value,
+        finish=finish,
+        attn_mask=mask.value(),
+        scale=mask.scale * q.factor * k.factor,
+    )
+
+
+def converted(value: Value, dtype: torch.dtype) -> Value:
+    """Plan a conversion if it changes anything."""
+    if tensor(value).dtype == dtype:
+        return value
+    return plan(torch.ops.prims.convert_element_type.default, value, dtype)
