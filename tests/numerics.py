@@ -28,6 +28,11 @@ MIN_COSINE = 0.999
 FLUSHED = torch.finfo(torch.float32).tiny
 
 
+# P is rounded to 8 bits or fewer, so kernels evaluate 2**x with a relative error of up to 2**-18
+# (3.8e-6; those of the CPU: 2.9e-6). The lse is the log of such a sum: it inherits that absolutely.
+EXP2_ERROR = 2.0**-18
+
+
 class Expected(NamedTuple):
     """What an attention kernel is compared with."""
 
@@ -92,11 +97,12 @@ def budget(exact: Tensor, naive: Tensor) -> Tensor:
     return 2 * (block_max(naive.double() - exact) + rounding) + FLUSHED
 
 
-def budget_use(actual: Tensor, exact: Tensor, naive: Tensor) -> float:
-    """Return the largest share of its budget that any block of ``actual`` takes."""
+def budget_use(actual: Tensor, exact: Tensor, naive: Tensor, absolute: float = 0.0) -> float:
+    """Return the largest share of budget + ``absolute`` that any block of ``actual`` takes."""
     if actual.numel() == 0:
         return 0.0
-    return (block_max(actual.double() - exact) / budget(exact, naive)).max().item()
+    allowed = budget(exact, naive) + absolute
+    return (block_max(actual.double() - exact) / allowed).max().item()
 
 
 def assert_same_special_values(actual: Tensor, oracle: Tensor) -> None:
@@ -139,7 +145,7 @@ def assert_within_budget(actual: Tensor, expected: Expected, *, lse: Tensor | No
     if lse is not None:
         assert lse.dtype == torch.float32
         assert_same_special_values(lse, expected.oracle.lse)
-        used = budget_use(lse, expected.oracle.lse, expected.naive.lse)
+        used = budget_use(lse, expected.oracle.lse, expected.naive.lse, EXP2_ERROR)
         assert used <= 1, f"lse error is {used:.3g} times its budget"
     used = budget_use(actual, expected.exact.output, expected.naive.output)
     assert used <= 1, f"accuracy error is {used:.3g} times its budget"
