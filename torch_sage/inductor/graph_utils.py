@@ -216,7 +216,8 @@ def restride(value: Value, like: Tensor) -> Value | None:
 
 def erase_dead(graph: Graph, node: Node) -> None:
     """Erase ``node`` if nothing uses it, then what only it used; inputs stay."""
-    if node.users or node.op != "call_function" or node.is_impure():
+    # Fused attention is tagged as random for its dropout, which is 0 wherever it is replaced.
+    if node.users or node.op != "call_function" or node.is_impure(impure_random=False):
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)
@@ -239,7 +240,8 @@ def live_nodes(graph: Graph) -> set[Node]:
 
 def output_node(graph: Graph) -> Node:
     """Return the graph's output node."""
-    return next(iter(reversed(graph.nodes)))
+    (node,) = graph.find_nodes(op="output")
+    return node
 
 
 def call_functions(graph: Graph, *targets: Any) -> Iterator[Node]:

@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+from torch.utils._config_module import _UNSET_SENTINEL
 
 TAKES_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
 
@@ -73,6 +74,7 @@ class _Saved:
     before: Any
     after: Any
     default: Any
+    was_default: bool
 
 
 class Installation:
@@ -104,16 +106,17 @@ def _default_entry(name: str) -> Any | None:
 
 
 def _install(name: str, one: CustomGraphPass) -> _Saved:
+    entry = _default_entry(name)
+    was_default = entry is not None and entry.user_override.get() is _UNSET_SENTINEL
     before = getattr(inductor_config, name)
     after = before
     if one not in members(before):
         after = combine((*members(before), one))
         setattr(inductor_config, name, after)
-    entry = _default_entry(name)
     default = None if entry is None else entry.default
     if entry is not None:
         entry.default = combine((*members(default), one))
-    return _Saved(before, after, default)
+    return _Saved(before, after, default, was_default)
 
 
 def _remove(name: str, one: CustomGraphPass, saved: _Saved) -> None:
@@ -123,5 +126,8 @@ def _remove(name: str, one: CustomGraphPass, saved: _Saved) -> None:
     now = getattr(inductor_config, name)
     if now is saved.after and saved.before is not saved.after:
         setattr(inductor_config, name, saved.before)
+        if entry is not None and saved.was_default:
+            # An override with the default's value would hide the next enable() of another thread.
+            entry.user_override.set(_UNSET_SENTINEL)
     elif one in members(now):
         setattr(inductor_config, name, combine(tuple(p for p in members(now) if p != one)))
