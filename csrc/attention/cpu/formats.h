@@ -33,10 +33,16 @@ inline float float_of(uint32_t bits) {
 
 inline float bf16_to_float(uint16_t h) { return float_of(uint32_t{h} << 16); }
 
+// Rounding for the output. What is finite stays finite: the result is a convex combination of V,
+// and only the rounding of V can have carried it past the largest number (fp16 65504 is 65536 in
+// bf16).
 inline uint16_t float_to_bf16(float x) {
   const uint32_t bits = bits_of(x);
+  const uint32_t magnitude = bits & 0x7fffffff;
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  const uint32_t largest = (bits >> 31 << 15) | 0x7f7f;
+  const uint32_t finite = magnitude > 0x7f7f0000 && magnitude < 0x7f800000 ? largest : rounded;
+  return static_cast<uint16_t>(magnitude > 0x7f800000 ? 0x7fc0 : finite);
 }
 
 inline float fp16_to_float(uint16_t h) {
@@ -52,13 +58,13 @@ inline float fp16_to_float(uint16_t h) {
 inline uint16_t float_to_fp16(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t magnitude = bits & 0x7fffffff;
-  // 65520 and above carry into the exponent of infinity by the rounding itself, up to 2^16.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 lets the adder round at 2^-24, the last place of fp16 subnormals.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-  const uint32_t overflow = magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u;
+  const uint32_t large = magnitude < 0x7f800000 ? 0x7bffu : special;
   const uint32_t half =
-      magnitude >= 0x47800000 ? overflow : (magnitude < 0x38800000 ? subnormal : normal);
+      magnitude > 0x477fe000 ? large : (magnitude < 0x38800000 ? subnormal : normal);
   return static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
 }
 
