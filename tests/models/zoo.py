@@ -7,8 +7,9 @@ Sequences are not multiples of the kernels' 64-key blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,14 @@ class ModelCase:
     name: str
     build: Callable[[], tuple[nn.Module, Inputs]]
     attentions: int
+    implementation: str | None = None
+    """What the model is switched to for compiling; its attention is SDPA before that."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Reason codes of the attentions that are not rewritten."""
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name}-{self.implementation}" if self.implementation else self.name
 
 
 def token_ids(*shape: int) -> Tensor:
@@ -59,12 +65,12 @@ TEXT_ENCODER = {
 }
 
 
-def bert(implementation: str, padded: bool) -> tuple[nn.Module, Inputs]:
-    config = transformers.BertConfig(**TEXT_ENCODER, attn_implementation=implementation)
+def bert(padded: bool) -> tuple[nn.Module, Inputs]:
+    config = transformers.BertConfig(**TEXT_ENCODER)
     return transformers.BertModel(config, add_pooling_layer=False), text_inputs(padded)
 
 
-def gpt2(implementation: str, padded: bool) -> tuple[nn.Module, Inputs]:
+def gpt2(padded: bool) -> tuple[nn.Module, Inputs]:
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=128,
@@ -72,22 +78,20 @@ def gpt2(implementation: str, padded: bool) -> tuple[nn.Module, Inputs]:
         n_layer=2,
         n_head=2,
         use_cache=False,
-        attn_implementation=implementation,
     )
     return transformers.GPT2Model(config), text_inputs(padded)
 
 
-def llama(implementation: str, padded: bool) -> tuple[nn.Module, Inputs]:
+def llama(padded: bool) -> tuple[nn.Module, Inputs]:
     config = transformers.LlamaConfig(
         **(TEXT_ENCODER | {"num_attention_heads": 4}),
         num_key_value_heads=2,
         use_cache=False,
-        attn_implementation=implementation,
     )
     return transformers.LlamaModel(config), text_inputs(padded)
 
 
-def t5(implementation: str) -> tuple[nn.Module, Inputs]:
+def t5() -> tuple[nn.Module, Inputs]:
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
         d_model=64,
@@ -97,7 +101,6 @@ def t5(implementation: str) -> tuple[nn.Module, Inputs]:
         num_decoder_layers=2,
         num_heads=2,
         use_cache=False,
-        attn_implementation=implementation,
     )
     inputs = {
         "input_ids": token_ids(2, TOKENS),
@@ -107,7 +110,7 @@ def t5(implementation: str) -> tuple[nn.Module, Inputs]:
     return transformers.T5Model(config), inputs
 
 
-def whisper(implementation: str) -> tuple[nn.Module, Inputs]:
+def whisper() -> tuple[nn.Module, Inputs]:
     config = transformers.WhisperConfig(
         vocab_size=VOCABULARY,
         d_model=64,
@@ -125,7 +128,6 @@ def whisper(implementation: str) -> tuple[nn.Module, Inputs]:
         eos_token_id=2,
         decoder_start_token_id=1,
         use_cache=False,
-        attn_implementation=implementation,
     )
     inputs = {
         "input_features": torch.randn(2, 8, 2 * TOKENS),
@@ -144,24 +146,23 @@ VISION_ENCODER = {
 }
 
 
-def vit(implementation: str) -> tuple[nn.Module, Inputs]:
-    config = transformers.ViTConfig(**VISION_ENCODER, attn_implementation=implementation)
+def vit() -> tuple[nn.Module, Inputs]:
+    config = transformers.ViTConfig(**VISION_ENCODER)
     model = transformers.ViTModel(config, add_pooling_layer=False)
     return model, {"pixel_values": torch.randn(2, 3, 72, 72)}
 
 
-def clip_vision(implementation: str) -> tuple[nn.Module, Inputs]:
-    config = transformers.CLIPVisionConfig(**VISION_ENCODER, attn_implementation=implementation)
+def clip_vision() -> tuple[nn.Module, Inputs]:
+    config = transformers.CLIPVisionConfig(**VISION_ENCODER)
     return transformers.CLIPVisionModel(config), {"pixel_values": torch.randn(2, 3, 72, 72)}
 
 
-def clip_text(implementation: str) -> tuple[nn.Module, Inputs]:
+def clip_text() -> tuple[nn.Module, Inputs]:
     config = transformers.CLIPTextConfig(
         **TEXT_ENCODER,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
-        attn_implementation=implementation,
     )
     return transformers.CLIPTextModel(config), text_inputs(padded=True)
 
@@ -249,21 +250,21 @@ def sd_block() -> tuple[nn.Module, Inputs]:
 
 
 TRANSFORMERS = [
-    ModelCase("bert-sdpa", partial(bert, "sdpa", padded=False), 2),
-    ModelCase("bert-sdpa-padded", partial(bert, "sdpa", padded=True), 2),
-    ModelCase("bert-eager-padded", partial(bert, "eager", padded=True), 2),
-    ModelCase("gpt2-sdpa-padded", partial(gpt2, "sdpa", padded=True), 2),
-    ModelCase("gpt2-eager", partial(gpt2, "eager", padded=False), 2),
-    ModelCase("llama-sdpa", partial(llama, "sdpa", padded=False), 2),
-    ModelCase("llama-eager-padded", partial(llama, "eager", padded=True), 2),
-    ModelCase("vit-sdpa", partial(vit, "sdpa"), 2),
-    ModelCase("vit-eager", partial(vit, "eager"), 2),
-    ModelCase("clip-text-sdpa", partial(clip_text, "sdpa"), 2),
-    ModelCase("clip-vision-eager", partial(clip_vision, "eager"), 2),
-    ModelCase("t5-sdpa", partial(t5, "sdpa"), 6),
-    ModelCase("t5-eager", partial(t5, "eager"), 6),
-    ModelCase("whisper-sdpa", partial(whisper, "sdpa"), 6),
-    ModelCase("whisper-eager", partial(whisper, "eager"), 6),
+    ModelCase("bert", partial(bert, padded=False), 2, "sdpa"),
+    ModelCase("bert-padded", partial(bert, padded=True), 2, "sdpa"),
+    ModelCase("bert-padded", partial(bert, padded=True), 2, "eager"),
+    ModelCase("gpt2-padded", partial(gpt2, padded=True), 2, "sdpa"),
+    ModelCase("gpt2", partial(gpt2, padded=False), 2, "eager"),
+    ModelCase("llama", partial(llama, padded=False), 2, "sdpa"),
+    ModelCase("llama-padded", partial(llama, padded=True), 2, "eager"),
+    ModelCase("vit", vit, 2, "sdpa"),
+    ModelCase("vit", vit, 2, "eager"),
+    ModelCase("clip-text", clip_text, 2, "sdpa"),
+    ModelCase("clip-vision", clip_vision, 2, "eager"),
+    ModelCase("t5", t5, 6, "sdpa"),
+    ModelCase("t5", t5, 6, "eager"),
+    ModelCase("whisper", whisper, 6, "sdpa"),
+    ModelCase("whisper", whisper, 6, "eager"),
 ]
 
 DIFFUSERS = [
@@ -271,4 +272,41 @@ DIFFUSERS = [
     ModelCase("wan", wan, 2),
     ModelCase("cogvideox", cogvideox, 1),
     ModelCase("sd-unet-block", sd_block, 2),
+]
+
+
+class SelfAttention(nn.Module):
+    """nn.MultiheadAttention as users call it; "eager" asks for the weights and ignores them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True, **settings)
+        self.need_weights = False
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.need_weights = name == "eager"
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.attention(x, x, x, key_padding_mask=padding, need_weights=self.need_weights)[0]
+
+
+def multihead(padded: bool) -> tuple[nn.Module, Inputs]:
+    inputs = {"x": torch.randn(2, TOKENS, 64)}
+    return SelfAttention(), inputs | ({"padding": right_padding(2, TOKENS) == 0} if padded else {})
+
+
+def encoder_layer(norm_first: bool, padded: bool) -> tuple[nn.Module, Inputs]:
+    layer = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True, norm_first=norm_first)
+    inputs: Inputs = {"src": torch.randn(2, TOKENS, 64)}
+    if padded:
+        inputs["src_key_padding_mask"] = right_padding(2, TOKENS) == 0
+    return layer, inputs
+
+
+TORCH_NN = [
+    ModelCase("multihead", partial(multihead, padded=False), 1, "sdpa"),
+    ModelCase("multihead-padded", partial(multihead, padded=True), 1, "sdpa"),
+    ModelCase("multihead", partial(multihead, padded=False), 1, "eager"),
+    ModelCase("encoder-layer", partial(encoder_layer, norm_first=False, padded=False), 1),
+    ModelCase("encoder-layer-padded", partial(encoder_layer, norm_first=True, padded=True), 1),
 ]
