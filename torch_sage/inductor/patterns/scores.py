@@ -185,11 +185,10 @@ def orientation(node: Node, axes: Axes, folded: tuple[Size, Size, Size]) -> bool
     shape = [1] * (3 - rank) + list(tensor(node).shape)
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     batch, rows, columns = folded
-    if same_shape(shape, (batch, rows, columns)) and indices(axes) == indices(axes_of(node)):
+    order = dims(axes)
+    if same_shape(shape, (batch, rows, columns)) and order == dims(axes_of(node)):
         return False
-    if same_shape(shape, (batch, columns, rows)) and indices(axes) == indices(
-        axes_of(node, swapped)
-    ):
+    if same_shape(shape, (batch, columns, rows)) and order == dims(axes_of(node, swapped)):
         return True
     return None
 
