@@ -86,7 +86,7 @@ def ninja_file(compiler: list[str], folder: Path, target: Path) -> str:
     cflags += [f"-ffile-prefix-map={torch}=torch"]
     ldflags = [*LINK_FLAGS, f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sanitizers := os.environ.get("TORCH_SAGE_SANITIZE"):
-        extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"]
+        extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"]
         cflags += [*extra, "-fno-omit-frame-pointer", "-U_FORTIFY_SOURCE"]
         ldflags = [f for f in ldflags if f != "-Wl,-s"] + extra
     lines = [
