@@ -35,9 +35,7 @@ def captured_graphs(function, *args, patches=None, dynamic=None, **kwargs):
         return run
 
     def backend(graph_module, example_inputs):
-        return compile_fx(
-            graph_module, example_inputs, inner_compile=keep, config_patches=patches
-        )
+        return compile_fx(graph_module, example_inputs, inner_compile=keep, config_patches=patches)
 
     torch._dynamo.reset()
     with functorch_config.patch(enable_autograd_cache=False):

@@ -1,8 +1,13 @@
 """enable, disable, options and the backend."""
 
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends import registry
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 import torch_sage
@@ -12,6 +17,8 @@ from torch_sage import SageConfig
 from torch_sage.inductor.hooks import members
 from torch_sage.inductor.passes import SagePass
 from torch_sage.inductor.switch import enabled_config
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def attention(q):
@@ -117,17 +124,17 @@ def test_equal_options_share_compiled_code(q, no_grad):
     assert torch_sage.options(ALWAYS) != torch_sage.options("sage1")
 
 
-def test_backend_by_function_and_by_name(q, no_grad):
-    compiled = torch.compile(attention, backend=torch_sage.inductor.backend)
+def test_backend_by_function_and_by_name(q, no_grad, monkeypatch):
+    """The name is an entry point, so that it is known without importing torch_sage."""
+    entry = EntryPoint("torch_sage", "torch_sage.inductor:backend", "torch_dynamo_backends")
+    assert f'torch_sage = "{entry.value}"' in (REPOSITORY / "pyproject.toml").read_text()
+    monkeypatch.setitem(registry._BACKENDS, entry.name, entry)
     big = torch.randn(1, 4, 1024, 64)
-    compiled(big)
-    assert torch_sage.report().rewritten == 1
-    torch._dynamo.reset()
-    named = torch.compile(
-        attention, backend="torch_sage", options={"max_autotune": False}, fullgraph=True
-    )
-    named(big)
-    assert torch_sage.report().rewritten == 2
+    for backend in (torch_sage.inductor.backend, "torch_sage"):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(attention, backend=backend, options={"max_autotune": False})(big)
+        assert torch_sage.report().rewritten == 1
 
 
 def test_backend_uses_the_enabled_config(q, no_grad):

@@ -216,12 +216,17 @@ def restride(value: Value, like: Tensor) -> Value | None:
 
 def erase_dead(graph: Graph, node: Node) -> None:
     """Erase ``node`` if nothing uses it, then what only it used; inputs stay."""
+    if node._erased or node.users or node.op != "call_function":
+        return
     # Fused attention is tagged as random for its dropout, which is 0 wherever it is replaced.
-    if node.users or node.op != "call_function" or node.is_impure(impure_random=False):
+    if node.is_impure(impure_random=False):
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)
     for used in inputs:
+        # Tracing leaves a getitem for every output of an operator, used or not.
+        for pick in [u for u in used.users if u.target is operator.getitem and not u.users]:
+            graph.erase_node(pick)
         erase_dead(graph, used)
 
 

@@ -61,7 +61,7 @@ def unrepeated(operand: Node) -> Node:
     ``repeat_interleave`` and ``expand`` + ``reshape`` both trace to unsqueeze(2), expand, clone,
     view. The op groups heads itself and then quantizes each K/V head once.
     """
-    if not _calls(operand, aten.view.default):
+    if not (_calls(operand, aten.view.default) or _calls(operand, aten._unsafe_view.default)):
         return operand
     (expand, *_) = _arguments(operand)
     if _calls(expand, aten.clone.default):

@@ -60,7 +60,9 @@ def apply(
     )
     result = found.finish(op)
     anchor = found.anchor
-    if result is None or not has_strides(tensor(result), tensor(anchor).stride()):
+    if result is None or not (
+        has_strides(tensor(result), tensor(anchor).stride()) or not found.keeps_strides
+    ):
         attach(anchor, _record(found, "", (OUTPUT_LAYOUT,)))
         return False
     record = _record(found, recipe.name, ())

@@ -98,26 +98,26 @@ def _understand(node: Node, form: Form, live: set[Node]) -> Match | Refusal:
         if scale is None:
             scale = 1.0 / math.sqrt(tensor(query).shape[-1])
         query, key, value, anchor = peeled
-    return _match(anchor, query, unrepeated(key), unrepeated(value), scale, semantics)
+    operands = (query, unrepeated(key), unrepeated(value))
+    return _match(anchor, operands, keeps_strides=peeled is None, scale=scale, **semantics)
 
 
 def _match(
-    anchor: Node,
-    query: Value,
-    key: Value,
-    value: Value,
-    scale: float | None,
-    semantics: dict[str, Any],
+    anchor: Node, operands: tuple[Value, ...], *, keeps_strides: bool, **semantics: Any
 ) -> Match:
     like = tensor(anchor)
+    order = "bhsd"
+    if like.dim() == 4:
+        order = output_order(like)
+    elif like.dim() == 3 and all(tensor(x).dim() == 3 for x in operands):
+        operands = tuple(plan(aten.unsqueeze.default, x, 0) for x in operands)
 
     def finish(output: Value) -> Value | None:
         if like.dim() == 3:
             output = plan(aten.squeeze.dim, output, 0)
-        return restride(output, like)
+        return restride(output, like) if keeps_strides else output
 
-    if like.dim() == 3 and all(tensor(x).dim() == 3 for x in (query, key, value)):
-        query, key, value = (plan(aten.unsqueeze.default, x, 0) for x in (query, key, value))
+    query, key, value = operands
     return Match(
         pattern="fused",
         anchor=anchor,
@@ -125,7 +125,7 @@ def _match(
         key=key,
         value=value,
         finish=finish,
-        scale=scale,
-        output_order=output_order(like) if like.dim() == 4 else "bhsd",
+        keeps_strides=keeps_strides,
+        output_order=order,
         **semantics,
     )

@@ -46,6 +46,9 @@ class Match:
     dropout_p: float = 0.0
     """Dropout of the attention weights; anything but 0 is refused by ``why_not``."""
 
+    keeps_strides: bool = True
+    """Whether the anchor's strides matter to anything after it."""
+
     output_order: str = "bhsd"
     """The memory order in which ``finish`` wants the attention output."""
 
