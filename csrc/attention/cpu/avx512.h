@@ -55,7 +55,11 @@ struct Avx512 {
   static Words splat_word(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
 
   static Acc start(int32_t sum) { return _mm512_set1_epi32(sum); }
-  static Acc dot(Acc acc, Words key, Words query) { return _mm512_dpbusd_epi32(acc, key, query); }
+  // Not the intrinsic: GCC 12 spills the 24 accumulators of its loop, at 2.3 times the time.
+  static Acc dot(Acc acc, Words key, Words query) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(key), "v"(query));
+    return acc;
+  }
   static Float to_float(Acc acc) { return _mm512_cvtepi32_ps(acc); }
 
   static void encode_query(const int8_t* codes, int64_t bytes, uint32_t* words) {
