@@ -34,7 +34,7 @@ constexpr Groups per_span(int64_t block, int64_t span) { return {block, span, 1,
 constexpr Groups query_per_thread(int64_t block, int64_t warp) { return {block, warp, 8, 1, 0}; }
 constexpr Groups key_per_thread(int64_t block) { return {block, block, 4, 2, 0}; }
 constexpr Groups per_tensor(int64_t rows) {
-  const int64_t block = rows > 0 ? rows : 1;
+  const int64_t block = rows > 1 ? rows : 2;  // a block of one would be per row: no row, no scale
   return {block, block, 1, 8, 1};
 }
 
