@@ -87,7 +87,7 @@ def _results(names: list[str], quick: bool, console: Console) -> Iterator[ModelR
             progress.start_task(task)
             progress.update(task, description="loading")
             loaded = models.load(name, quick)
-            steps = len(loaded.workloads) + STEPS_BESIDE_TIMING
+            steps = sum(w.timed for w in loaded.workloads) + STEPS_BESIDE_TIMING
             progress.update(task, title=loaded.title, total=steps, completed=0)
 
             def step(description: str, task: TaskID = task) -> None:

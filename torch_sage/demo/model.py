@@ -16,15 +16,13 @@ Forwards = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Workload:
-    """One call that is compared and timed."""
+    """One call whose output is compared with the unmodified model's."""
 
     name: str
     call: Callable[[Forwards], Any]
-    must_be_faster: bool
+    timed: bool = True
+    must_be_faster: bool = False
     """Whether torch_sage has to win; otherwise it must not lose."""
-
-    probe: bool = False
-    """Whether the error by layer is measured on this call's queries, keys and values."""
 
 
 class Goal(NamedTuple):
@@ -47,6 +45,10 @@ class DemoModel(ABC):
 
     attention_nodes: int
     """How many attention nodes at least must be rewritten, in all compiled graphs together."""
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Run the unmodified parts once; the error by layer is measured on what they attend to."""
 
     @abstractmethod
     def quality(self, reference: Mapping[str, Any], outputs: Mapping[str, Any]) -> list[Goal]:

@@ -180,7 +180,7 @@ class Whisper(DemoModel):
         self._prompt = self._vocabulary.prompt(zen())
         samples, rate = speech()
         extractor = transformers().WhisperFeatureExtractor(feature_size=80)
-        features = extractor(samples, sampling_rate=rate, return_tensors="pt").input_features
+        self._features = extractor(samples, sampling_rate=rate, return_tensors="pt").input_features
 
         self.parts = {"encoder": Encoder(model), "decoder": Decoder(model)}
         # The encoder's layers and the prompt's cross-attention; steps of one token are too short.
@@ -188,24 +188,30 @@ class Whisper(DemoModel):
         self.workloads = [
             Workload(
                 name="encoder, 1500 frames",
-                call=lambda parts: parts["encoder"](features),
-                must_be_faster=False,
-                probe=True,
+                call=lambda parts: parts["encoder"](self._features),
             ),
             Workload(
                 name=f"transcription of {len(samples) / rate:.0f} s, "
                 f"prompt of {len(self._prompt)} tokens",
-                call=lambda parts: self._transcribe(parts, features),
-                must_be_faster=False,
+                call=lambda parts: self._transcribe(parts),
             ),
         ]
 
-    def _transcribe(self, parts: Forwards, features: Tensor) -> str:
-        states = parts["encoder"](features)
-        cache = transformers().EncoderDecoderCache(
-            transformers().StaticCache(self._config, max_cache_len=_TARGET_POSITIONS),
-            transformers().StaticCache(self._config, max_cache_len=_FRAMES),
+    def probe(self) -> None:
+        """Listen, and read the prompt."""
+        states = self.parts["encoder"](self._features)
+        self.parts["decoder"](torch.tensor([self._prompt]), states, self._empty_cache())
+
+    def _empty_cache(self) -> Any:
+        library = transformers()
+        return library.EncoderDecoderCache(
+            library.StaticCache(self._config, max_cache_len=_TARGET_POSITIONS),
+            library.StaticCache(self._config, max_cache_len=_FRAMES),
         )
+
+    def _transcribe(self, parts: Forwards) -> str:
+        states = parts["encoder"](self._features)
+        cache = self._empty_cache()
         transcript: list[int] = []
         ids = self._prompt
         while len(self._prompt) + len(transcript) < _TARGET_POSITIONS:
