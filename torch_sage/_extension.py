@@ -32,7 +32,8 @@ def load_error() -> BaseException | None:
     try:
         torch.ops.load_library(_PATH)
     except (OSError, RuntimeError) as error:
-        return error
+        # torch says only which file it could not load; its cause is what the loader said.
+        return error.__cause__ or error
     return None
 
 

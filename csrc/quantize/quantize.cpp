@@ -22,7 +22,8 @@ int64_t tasks_per_head(int64_t rows, int64_t task_rows) {
   return rows / task_rows + (rows % task_rows != 0);
 }
 
-// Calls body(b, h, task of the head, first row, rows) for every task of every head of x.
+// Calls body(b, h, task, first row, rows) for every task of every head of x. A body must not throw:
+// torch 2.11 would report that its threads failed, and nothing more.
 template <typename Body>
 void for_each_task(const Operand& x, int64_t task_rows, const Body& body) {
   const int64_t per_head = tasks_per_head(x.rows, task_rows);
@@ -99,11 +100,12 @@ Groups key_groups(Granularity granularity, int64_t rows, int64_t block) {
 
 void token_mean(const FloatOperand& x, float* mean) {
   const int64_t per_head = tasks_per_head(x.rows, kTaskRows);
+  const RowKernels& kernels = row_kernels();
   const Scratch<double> sums({x.batch, x.heads, per_head, x.columns});
   for_each_task(x, kTaskRows, [&](int64_t b, int64_t h, int64_t task, int64_t first, int64_t rows) {
     double* partial = sums.get() + task * x.columns;
     std::fill_n(partial, x.columns, 0.0);
-    row_kernels().add_columns(x.block(b, h, first, rows), partial);
+    kernels.add_columns(x.block(b, h, first, rows), partial);
   });
   for (int64_t head = 0; head < x.batch * x.heads; ++head) {
     double total[kMaxHeadDim] = {};
@@ -120,17 +122,18 @@ void token_mean(const FloatOperand& x, float* mean) {
 
 void quantize_rows(const FloatOperand& x, const float* mean, const Groups& groups,
                    const QuantizedRows& out) {
+  const RowKernels& kernels = row_kernels();
   const auto quantize = [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
     const int64_t head = b * x.heads + h;
     const int64_t row = head * x.rows + first;
     const int64_t scale =
         head * groups.scales(x.rows) +
         first / groups.block_rows * (groups.block_rows / groups.span_rows) * groups.lane_groups;
-    row_kernels().quantize(x.block(b, h, first, rows),
-                           mean == nullptr ? nullptr : mean + head * x.columns, groups,
-                           {out.codes + row * out.row_bytes, out.row_bytes,
-                            out.group_scales == nullptr ? nullptr : out.group_scales + scale,
-                            out.row_scales == nullptr ? nullptr : out.row_scales + row});
+    kernels.quantize(x.block(b, h, first, rows),
+                     mean == nullptr ? nullptr : mean + head * x.columns, groups,
+                     {out.codes + row * out.row_bytes, out.row_bytes,
+                      out.group_scales == nullptr ? nullptr : out.group_scales + scale,
+                      out.row_scales == nullptr ? nullptr : out.row_scales + row});
   };
   if (x.rows == 0) {  // "tensor" has a scale to write even so
     for (int64_t head = 0; head < x.batch * x.heads; ++head) {
@@ -148,14 +151,15 @@ void quantize_rows(const FloatOperand& x, const float* mean, const Groups& group
 void round_values(const FloatOperand& value, const float* mean, uint16_t* codes, float* scales) {
   const int64_t per_head = tasks_per_head(value.rows, kTaskRows);
   const int64_t columns = value.columns;
+  const RowKernels& kernels = row_kernels();
   const Scratch<uint32_t> amax({value.batch, value.heads, per_head, columns});
   const auto round = [&](int64_t b, int64_t h, int64_t task, int64_t first, int64_t rows) {
     const int64_t head = b * value.heads + h;
     uint32_t* task_amax = amax.get() + task * columns;
     std::fill_n(task_amax, columns, 0);
-    row_kernels().round_to_bf16(value.block(b, h, first, rows),
-                                mean == nullptr ? nullptr : mean + head * columns,
-                                codes + (head * value.rows + first) * columns, task_amax);
+    kernels.round_to_bf16(value.block(b, h, first, rows),
+                          mean == nullptr ? nullptr : mean + head * columns,
+                          codes + (head * value.rows + first) * columns, task_amax);
   };
   for_each_task(value, kTaskRows, round);
   for (int64_t head = 0; head < value.batch * value.heads; ++head) {
@@ -176,10 +180,11 @@ void round_values(const FloatOperand& value, const float* mean, uint16_t* codes,
 void dot_key_mean(const FloatOperand& query, const float* key_mean, int64_t heads_kv, double scale,
                   float* out) {
   const int64_t queries_per_key = query.heads / std::max<int64_t>(heads_kv, 1);
+  const RowKernels& kernels = row_kernels();
   const auto dot = [&](int64_t b, int64_t h, int64_t, int64_t first, int64_t rows) {
     const float* mean = key_mean + (b * heads_kv + h / queries_per_key) * query.columns;
-    row_kernels().dot_rows(query.block(b, h, first, rows), mean, scale,
-                           out + (b * query.heads + h) * query.rows + first);
+    kernels.dot_rows(query.block(b, h, first, rows), mean, scale,
+                     out + (b * query.heads + h) * query.rows + first);
   };
   for_each_task(query, kTaskRows, dot);
 }
