@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Parameters behind queries and keys (projections, the norms after them, and fused projections), and
-# behind values.
+# behind what attention adds to the residual stream.
 SCORES = re.compile(
     r"(^|[._])(q|k|query|key|qkv|c_attn|in_proj|to_[qk]|[qk]_proj|add_[qk]_proj|norm_(added_)?[qk])"
     r"[._]weight$"
 )
-VALUES = re.compile(r"(^|[._])(v|value|to_v|v_proj|add_v_proj)[._]weight$")
+VALUES = re.compile(r"(^|[._])(v|value|to_v|v_proj|add_v_proj|out_proj)[._]weight$")
 # Required of halving the scale. trust.md: 30 of 33 models reach 0.973 with tuned gains.
 SABOTAGED_COSINE = 0.97
 Sdpa = Callable[..., Tensor]
