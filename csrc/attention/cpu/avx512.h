@@ -65,9 +65,15 @@ struct Avx512 {
   static void encode_query(const int8_t* codes, int64_t bytes, uint32_t* words) {
     std::memcpy(words, codes, bytes);
   }
+  // Rows of keys end at a whole vector: what lies behind the codes may be written.
   static void encode_key(const int8_t* codes, int64_t bytes, uint32_t* words) {
-    std::memcpy(words, codes, bytes);
-    for (int64_t i = 0; i < bytes / kDepth; ++i) words[i] ^= 0x80808080;
+    for (int64_t i = 0; i < bytes; i += 64) {
+      const __mmask64 valid = bytes - i < 64 ? (uint64_t{1} << (bytes - i)) - 1 : ~uint64_t{0};
+      const __m512i vector = _mm512_maskz_loadu_epi8(valid, codes + i);
+      _mm512_storeu_si512(
+          words + i / kDepth,
+          _mm512_xor_si512(vector, _mm512_set1_epi8(static_cast<char>(kKeyOffset))));
+    }
   }
 
   // to[c][r] = from[r][c] for 16 rows and c < columns; whole vectors of `from` are readable.
