@@ -96,23 +96,23 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
-template <int D_, int NWG_, int BN_, bool F16_, int X_, bool CAUSAL_, bool ORD_ = false>
+template <int D_, int NWG_, int BN_, bool F16_, int X_, bool CAUSAL_, int OFF2_ = 14>
 struct Cfg {
-  static constexpr bool ORD = ORD_;
+  static constexpr float kOff = OFF2_ * .5f;
   static constexpr int D = D_, NWG = NWG_, BN = BN_, X = X_;
   static constexpr bool F16 = F16_, CAUSAL = CAUSAL_;
   static constexpr int BM = 64 * NWG, ST = 2;
   static constexpr int KB = BN * D, PANEL = (D + 8) * 64, VB = (BN / 64) * PANEL;
   static constexpr int OREG = (D + 8) / 2;
   static constexpr int oQ = 0, oK = oQ + 2 * BM * D, oV = oK + ST * KB, oS = oV + ST * VB,
-                       oQS = oS + ST * 64, oVS = oQS + 2 * BM * 4, oB = oVS + 2 * 2 * D * 4,
+                       oQS = oS + ST * 64, oVS = oQS + 2 * BM * 4, oB = oVS + 4 * 2 * D * 4,
                        oO = (oB + 256 + 127) / 128 * 128;
   static constexpr int OBUF = 128 * OREG * 4, SMEM = oO + NWG * OBUF + 1024;
-  static constexpr int PROM = 512 / BN;
+  static constexpr int PROM = (OFF2_ <= 12 ? 1024 : 512) / BN;
   static constexpr int THREADS = 128 * (NWG + 1);
   static constexpr int RC = NWG == 3 ? 152 : 240, RP = NWG == 3 ? 56 : 24;
 };
-constexpr float kOff = 7.f, kTau = 1.75f;
+constexpr float kTau = 1.75f;
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Params p) {
@@ -169,18 +169,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::RP));
     if (threadIdx.x == NWG * 128) {
       int cnt = 0;
-      auto publish = [&](int i, int tile) {
-        int sl = i & 1;
-        mbar_wait(barQE + 8 * sl, ((i >> 1) & 1) ^ 1);
-        tiles[sl] = tile;
-        mbar_arrive(barSF + 8 * sl);
-      };
-      int tile = blockIdx.x;
-      publish(0, tile);
-      for (int it = 0; tile < total; it++) {
+      for (int it = 0;; it++) {
+        int sl = it & 1;
+        mbar_wait(barSF + 8 * sl, (it >> 1) & 1);
+        int tile = tiles[sl];
+        if (tile >= total) break;
         int mb, bh, nt;
         decode(tile, mb, bh, nt);
-        int next = gridDim.x + atomicAdd(p.counter, 1);
         const int8_t* K = p.k + (size_t)bh * p.m * D;
         const uint8_t* V = p.v + (size_t)bh * p.m * D;
         const float* S = p.ks + (size_t)bh * (p.m / 128) * 4;
@@ -196,15 +191,18 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
           for (int q = 0; q < BN / 64; q++)
             bulk(sb + C::oV + s * C::VB + q * C::PANEL, V + (size_t)t * BN * D + q * 64 * D, 64 * D,
                  barVF + 8 * s);
-          if (n == min(2, nt - 1)) publish(it + 1, next);
         }
-        tile = next;
       }
     } else if (threadIdx.x >= NWG * 128 + 32) {  // Q warps: 96 threads, 4 lanes per row
       const int qt = threadIdx.x - NWG * 128 - 32, part = qt & 3;
       for (int it = 0;; it++) {
         int sl = it & 1;
-        mbar_wait(barSF + 8 * sl, (it >> 1) & 1);
+        mbar_wait(barQE + 8 * sl, ((it >> 1) & 1) ^ 1);
+        if (qt == 0) {
+          tiles[sl] = it == 0 ? blockIdx.x : gridDim.x + atomicAdd(p.counter, 1);
+          mbar_arrive(barSF + 8 * sl);
+        }
+        asm volatile("bar.sync 7,96;" ::: "memory");
         int tile = tiles[sl];
         if (tile >= total) {
           mbar_arrive(barQF + 8 * sl);
@@ -215,7 +213,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
         uint8_t* dst = sm + C::oQ + sl * BM * D;
         float* qs = (float*)(sm + C::oQS) + sl * BM;
         {
-          float* vd = (float*)(sm + C::oVS) + sl * 2 * D;
+          float* vd = (float*)(sm + C::oVS) + (it & 3) * 2 * D;
           for (int i = qt; i < D; i += 96) {
             vd[i] = __ldg(p.vs + (size_t)bh * D + i);
             vd[D + i] = __ldg(p.vm + (size_t)bh * D + i);
@@ -305,14 +303,6 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
   };
   // a warpgroup whose rows end before the tile's last keys lets one K and one V stage pass (BM - 64
   // <= BN)
-  auto turn = [&]() {
-    if (C::ORD) asm volatile("bar.sync %0,256;" ::"r"(8 + wg) : "memory");
-  };
-  auto pass = [&]() {
-    if (C::ORD)
-      asm volatile("bar.arrive %0,256;" ::"r"(8 + (wg + 1 == NWG ? 0 : wg + 1)) : "memory");
-  };
-  if (wg == NWG - 1) pass();
   auto dropk = [&]() {
     if (C::CAUSAL && live && skip && lane == 0) {
       int st = cnt % ST;
@@ -416,7 +406,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
       for (int h = 0; h < 2; h++) {
         sc[h] = qk[h] * ks[gi];
         k8[h] = 8.f * sc[h];
-        ce[h] = kOff - m[h];
+        ce[h] = C::kOff - m[h];
         ch[h] = 8.f * ce[h] + 56.f;
       }
 #pragma unroll
@@ -496,20 +486,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
     mb_[0] = mb_[1] = 0.f;
     acc = 0;
     has = false;
-    if (C::CAUSAL && skip) {
-      turn();
-      pass();
-    }
     wg_wait<0>();
     softmax(skip, true, f);
     if (lane == 0) mbar_arrive(barKE + 8 * ((cnt + skip) % ST));
     pack();
 #pragma unroll 1
     for (int n = skip + 1; n < nt; n++) {
-      turn();
       qkmma(n);
       pvmma(n - 1);
-      pass();
       wg_wait<1>();
       float mo[2] = {m[0], m[1]};
       bool trig = softmax(n, false, f);
@@ -539,8 +523,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
       }
       pack();
     }
+    if (lane == 0) mbar_arrive(barQE + 8 * sl);
     pvmma(nt - 1);
-    const int cur_sl = sl, cur_bh = bh, cur_row = row0 + wg * 64;
+    const int cur_vd = (it - 1) & 3, cur_bh = bh, cur_row = row0 + wg * 64;
     const int last = (cnt + nt - 1) % ST;
     cnt += nt;
     const float m0 = m[0], m1 = m[1];
@@ -569,53 +554,50 @@ __global__ void __launch_bounds__(C::THREADS, 1) attn(const __grid_constant__ Pa
         l1 = fmaf(b4.z, fa[1], l1);
       }
       float inv[2] = {__fdividef(one, l0), __fdividef(one, l1)};
-      const float* vd = (const float*)(sm + C::oVS) + cur_sl * 2 * D + 2 * t4;
-      uint32_t r[D / 4];
+      const float* vd = (const float*)(sm + C::oVS) + cur_vd * 2 * D + 2 * t4;
+      __nv_bfloat16* out = p.o + ((size_t)cur_bh * p.n + cur_row + warp * 16 + g) * D + 8 * t4;
+      const bool in0 = cur_row + warp * 16 + g < p.n, in1 = cur_row + warp * 16 + g + 8 < p.n;
 #pragma unroll
-      for (int j = 0; j < D / 8; j++) {
-        float4 b4 = make_float4(0, 0, 0, 0);
-        if (has) b4 = *(float4*)(ob + j * 512);
-        float2 sc = *(const float2*)(vd + 8 * j), mn = *(const float2*)(vd + D + 8 * j);
-        float x0 = fmaf(b4.x, fa[0], oget(4 * j)) * inv[0],
-              x1 = fmaf(b4.y, fa[0], oget(4 * j + 1)) * inv[0],
-              x2 = fmaf(b4.z, fa[1], oget(4 * j + 2)) * inv[1],
-              x3 = fmaf(b4.w, fa[1], oget(4 * j + 3)) * inv[1];
-        __nv_bfloat162 p0 = __floats2bfloat162_rn(fmaf(x0, sc.x, mn.x), fmaf(x1, sc.y, mn.y)),
-                       p1 = __floats2bfloat162_rn(fmaf(x2, sc.x, mn.x), fmaf(x3, sc.y, mn.y));
-        r[2 * j] = *(uint32_t*)&p0;
-        r[2 * j + 1] = *(uint32_t*)&p1;
-      }
-      if (lane == 0) mbar_arrive(barQE + 8 * cur_sl);
-      // stage 64 rows of D bf16 (padded by 16 B against bank conflicts) where the buffered
-      // accumulator was
-      constexpr int RS = D * 2 + 16;
-      uint8_t* stg = sm + C::oO + wg * C::OBUF;
-      asm volatile("bar.sync %0,128;" ::"r"(wg + 1) : "memory");
+      for (int j0 = 0; j0 < D / 8; j0 += 4) {
+        uint32_t r[2][4];
 #pragma unroll
-      for (int j = 0; j < D / 8;
-           j +=
-           2) {  // 4 8x8 matrices: (rows 0-7, j), (rows 8-15, j), (rows 0-7, j+1), (rows 8-15, j+1)
-        uint32_t ad = sptr(stg) + (warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8) * RS +
-                      (j + (lane >> 4)) * 16;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(ad),
-                     "r"(r[2 * j]), "r"(r[2 * j + 1]), "r"(r[2 * j + 2]), "r"(r[2 * j + 3])
-                     : "memory");
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      __syncwarp();
-      if (lane < 16) {
-        int row = cur_row + warp * 16 + lane;
-        if (row < p.n) {
-          asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0],[%1],%2;" ::"l"(
-                           p.o + ((size_t)cur_bh * p.n + row) * D),
-                       "r"(sptr(stg) + (warp * 16 + lane) * RS), "n"(D * 2)
-                       : "memory");
+        for (int jj = 0; jj < 4; jj++) {
+          const int j = j0 + jj;
+          float4 b4 = make_float4(0, 0, 0, 0);
+          if (has) b4 = *(float4*)(ob + j * 512);
+          float2 sc = *(const float2*)(vd + 8 * j), mn = *(const float2*)(vd + D + 8 * j);
+          float x0 = fmaf(b4.x, fa[0], oget(4 * j)) * inv[0],
+                x1 = fmaf(b4.y, fa[0], oget(4 * j + 1)) * inv[0],
+                x2 = fmaf(b4.z, fa[1], oget(4 * j + 2)) * inv[1],
+                x3 = fmaf(b4.w, fa[1], oget(4 * j + 3)) * inv[1];
+          __nv_bfloat162 p0 = __floats2bfloat162_rn(fmaf(x0, sc.x, mn.x), fmaf(x1, sc.y, mn.y)),
+                         p1 = __floats2bfloat162_rn(fmaf(x2, sc.x, mn.x), fmaf(x3, sc.y, mn.y));
+          r[0][jj] = *(uint32_t*)&p0;
+          r[1][jj] = *(uint32_t*)&p1;
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+// 4x4 transpose in the quad: lane t ends with the 16 bytes of column block j0 + t
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+          for (int st = 1; st < 4; st <<= 1) {
+            const bool up = t4 & st;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (!(i & st)) {
+                uint32_t give = up ? r[h][i] : r[h][i | st];
+                uint32_t got = __shfl_xor_sync(~0u, give, st);
+                if (up)
+                  r[h][i] = got;
+                else
+                  r[h][i | st] = got;
+              }
+          }
+          if (h ? in1 : in0)
+            *(uint4*)(out + (size_t)h * 8 * D + 8 * j0) =
+                make_uint4(r[h][0], r[h][1], r[h][2], r[h][3]);
+        }
+        asm volatile("" ::: "memory");
       }
-      asm volatile("bar.sync %0,128;" ::"r"(wg + 1) : "memory");
     }
   }
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
