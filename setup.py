@@ -90,6 +90,7 @@ def ninja_file(compiler: list[str], folder: Path, target: Path) -> str:
         cflags += [*extra, "-fno-omit-frame-pointer", "-U_FORTIFY_SOURCE"]
         ldflags = [f for f in ldflags if f != "-Wl,-s"] + extra
     lines = [
+        f"builddir = {folder}",  # where ninja keeps its log
         f"cxx = {shlex.join(compiler)}",
         "rule compile",
         f"  command = $cxx {shlex.join(cflags)} $isa -MMD -MF $out.d -c $in -o $out",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from docs import support_table
 
@@ -28,9 +29,12 @@ def tracked_files():
 
 @pytest.fixture
 def clean_dynamo():
+    """Start without compiled functions and reports of other tests."""
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
+    counters.clear()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
