@@ -19,9 +19,7 @@ TORCH_FUSION = Reason(
     "Inductor's own fuse_attention made this node in a graph with a softmax over another dimension "
     "than the last, which it takes for one over the last.",
 )
-SOFTMAX_DIM = "softmax_dim"
-"""Code of the manual pattern's refusal of a softmax over another dimension than the last."""
-
+EXCLUDED = Reason("excluded", "A module or function around it is marked with exclude.")
 SCALE_UNKNOWN = Reason("scale_unknown", "scale must be a number known at compile time.")
 OUTPUT_LAYOUT = Reason(
     "output_layout", "The output's strides have gaps, which a copy would not reproduce."

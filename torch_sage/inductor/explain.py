@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
@@ -50,6 +52,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         return compile_fx(graph_module, example_inputs, inner_compile=keep, config_patches=patches)
 
     eager = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
+    counted = {group: counts.copy() for group, counts in counters.items()}
     try:
         with (
             functorch_config.patch(enable_autograd_cache=False),
@@ -58,15 +61,19 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             torch.compile(eager, backend=capture)(*args, **kwargs)
     finally:
         torch._dynamo.reset_code_caches()
+        counters.clear()
+        counters.update(counted)
     return Report(tuple(graphs), tuple(notes))
 
 
 def _options_of(model: Callable[..., Any]) -> dict[str, Any] | None:
     """Return the options that a ``torch.compile`` result carries, or None."""
-    if not isinstance(model, OptimizedModule):
+    asked = getattr(model, "get_compiler_config", None)
+    if asked is None:
         return None
-    backend: Any = model.dynamo_ctx.callback
-    return getattr(innermost_backend(backend), "config", None)
+    # A compiled function keeps its context only in the closure of this method.
+    context = inspect.getclosurevars(asked).nonlocals["self"]
+    return getattr(innermost_backend(context.callback), "config", None)
 
 
 def _notes() -> Iterator[str]:

@@ -245,7 +245,7 @@ def live_nodes(graph: Graph) -> set[Node]:
 
 def output_node(graph: Graph) -> Node:
     """Return the graph's output node."""
-    (node,) = graph.find_nodes(op="output")
+    node: Node = graph.output_node()
     return node
 
 

@@ -25,10 +25,11 @@ from torch.fx import Graph, Node
 from torch_sage import _extension
 from torch_sage.config import SageConfig
 from torch_sage.inductor import rewrite
-from torch_sage.inductor.eligibility import SOFTMAX_DIM, TORCH_FUSION, TRAINING
+from torch_sage.inductor.eligibility import TORCH_FUSION, TRAINING
 from torch_sage.inductor.graph_utils import is_training, output_node
-from torch_sage.inductor.patterns import encoder_layer, fused, manual
+from torch_sage.inductor.patterns import direct, encoder_layer, fused, manual
 from torch_sage.inductor.patterns.match import Match, Refusal
+from torch_sage.inductor.patterns.refusals import SOFTMAX_DIM
 from torch_sage.inductor.records import META_KEY, AttentionRecord, attach
 from torch_sage.ops.reasons import Reason
 
@@ -133,13 +134,15 @@ class PrePass(SagePass):
         """Rewrite encoder layers and hand-written attention."""
         if is_training(graph):
             return
+        for node, outcome in direct.find(graph):
+            rewrite.note(node, outcome)
         refused, wrong_softmax = [], False
         for pattern in (encoder_layer, manual):
             for found in pattern.find(graph):
                 if not rewrite.apply(graph, found, config):
                     refused.append(found.anchor)
                 if isinstance(found, Refusal):
-                    wrong_softmax |= any(r.code == SOFTMAX_DIM for r in found.reasons)
+                    wrong_softmax |= SOFTMAX_DIM in found.reasons
         seen = {node for node in graph.nodes if fused.is_fused(node)}
         output_node(graph).meta[_PRE_STATE_KEY] = _PreState(seen, refused, wrong_softmax)
 

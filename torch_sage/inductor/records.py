@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
+import torch_sage
 from torch_sage.ops.reasons import Reason
 
 META_KEY = "torch_sage"
@@ -79,7 +81,7 @@ def module_name(node: Node) -> str:
         return ""
     path = str(next(reversed(stack.values()))[0])
     path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]", r".\1\2", path)
-    return re.sub(r"^L\.\w+\.?", "", path)
+    return re.sub(r"^(L\.\w+|G)(\.|$)", "", path)
 
 
 def source_line(node: Node) -> str:
@@ -88,10 +90,12 @@ def source_line(node: Node) -> str:
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
     if not frames:
         return ""
-    path, _, place = frames[-1].removeprefix('File "').partition('", line ')
+    inside = tuple(f'File "{Path(package.__file__).parent}' for package in (torch, torch_sage))
+    theirs = [frame for frame in frames if not frame.startswith(inside)]
+    path, _, place = (theirs or frames)[-1].removeprefix('File "').partition('", line ')
     line, _, function = place.partition(", in ")
     # Two path components name the file; the rest would tie a cached report to one machine.
-    return f"{'/'.join(PurePath(path).parts[-2:])}:{line} in {function}"
+    return f"{'/'.join(Path(path).parts[-2:])}:{line} in {function}"
 
 
 def attach(node: Node, record: AttentionRecord) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from torch_sage.config import SageConfig
 from torch_sage.inductor.eligibility import OUTPUT_LAYOUT, reasons_against
 from torch_sage.inductor.graph_utils import (
+    bound_arguments,
     erase_dead,
     has_strides,
     insert,
+    is_tensor,
     plan,
     tensor,
 )
@@ -25,7 +29,7 @@ from torch_sage.inductor.records import (
     source_line,
 )
 from torch_sage.ops.reasons import Reason
-from torch_sage.recipes import resolve
+from torch_sage.recipes import Recipe, resolve
 
 # Informational annotations that new nodes inherit from the node they replace.
 _INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
@@ -101,20 +105,44 @@ def _target(anchor: Node) -> str:
     return str(anchor.target)
 
 
+def note(node: Node, outcome: Recipe | Reason) -> None:
+    """Attach the record of attention that the model itself decided on."""
+    bound = bound_arguments(node)
+    operands = {name: tensor(arg) for name, arg in bound.items() if is_tensor(arg)}
+    recipe, reasons = ("", (outcome,)) if isinstance(outcome, Reason) else (outcome.name, ())
+    attach(node, _describe("direct", node, operands, bound.get("causal", ""), recipe, reasons))
+
+
 def _record(found: Match | Refusal, recipe: str, reasons: tuple[Reason, ...]) -> AttentionRecord:
-    anchor = found.anchor
-    match = found if isinstance(found, Match) else None
+    if isinstance(found, Refusal):
+        values, causal = found.operands, ""
+    else:
+        names = ("query", "key", "value", "attn_mask")
+        values, causal = {name: getattr(found, name) for name in names}, found.causal
+    operands = {name: tensor(value) for name, value in values.items() if value is not None}
+    return _describe(found.pattern, found.anchor, operands, causal, recipe, reasons)
+
+
+def _describe(
+    pattern: str,
+    anchor: Node,
+    operands: Mapping[str, Tensor],
+    causal: str,
+    recipe: str,
+    reasons: tuple[Reason, ...],
+) -> AttentionRecord:
+    query = operands.get("query")
     return AttentionRecord(
-        pattern=found.pattern,
+        pattern=pattern,
         target=_target(anchor),
         module=module_name(anchor),
         source=source_line(anchor),
-        query=describe(tensor(match.query)) if match else "",
-        key=describe(tensor(match.key)) if match else "",
-        value=describe(tensor(match.value)) if match else "",
-        attn_mask=describe(tensor(match.attn_mask)) if match and match.attn_mask else "",
-        causal=match.causal if match else "",
-        device=str(tensor(match.query).device) if match else "",
+        query=describe(query),
+        key=describe(operands.get("key")),
+        value=describe(operands.get("value")),
+        attn_mask=describe(operands.get("attn_mask")),
+        causal=causal,
+        device="" if query is None else str(query.device),
         recipe=recipe,
         reasons=reasons,
     )

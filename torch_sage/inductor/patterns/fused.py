@@ -76,17 +76,18 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
 
 def _understand(node: Node, form: Form, live: set[Node]) -> Match | Refusal:
     arguments = bound_arguments(node)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    operands = {"query": query, "key": key, "value": value}
     anchor = node
     if form.outputs:
         users = [user for user in node.users if user in live]
         picks = [u for u in users if u.target is operator.getitem and u.args[1] == 0]
         if len(users) != 1 or len(picks) != 1:
-            return Refusal("fused", node, (LSE_USED,))
+            return Refusal("fused", node, (LSE_USED,), operands)
         anchor = picks[0]
     scale = arguments["scale"]
     if not isinstance(scale, (int, float, type(None))):
-        return Refusal("fused", node, (SCALE_UNKNOWN,))
-    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+        return Refusal("fused", node, (SCALE_UNKNOWN,), operands)
     mask = arguments[form.mask] if form.mask else None
     semantics = {
         "attn_mask": None if mask is None else keep_mask(mask, form.hidden),
@@ -98,8 +99,8 @@ def _understand(node: Node, form: Form, live: set[Node]) -> Match | Refusal:
         if scale is None:
             scale = 1.0 / math.sqrt(tensor(query).shape[-1])
         query, key, value, anchor = peeled
-    operands = (query, unrepeated(key), unrepeated(value))
-    return _match(anchor, operands, keeps_strides=peeled is None, scale=scale, **semantics)
+    sources = (query, unrepeated(key), unrepeated(value))
+    return _match(anchor, sources, keeps_strides=peeled is None, scale=scale, **semantics)
 
 
 def _match(

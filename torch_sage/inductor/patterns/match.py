@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, field
 
 from torch.fx import Node
 
@@ -52,6 +52,9 @@ class Match:
     output_order: str = "bhsd"
     """The memory order in which ``finish`` wants the attention output."""
 
+    operator: Node | None = None
+    """The node that computed attention where the anchor only copies its result, for the report."""
+
     sizes: dict[Node, Node] = field(default_factory=dict)
     """Symbolic sizes read off tensors that disappear, and equal ones that stay."""
 
@@ -63,3 +66,5 @@ class Refusal:
     pattern: str
     anchor: Node
     reasons: tuple[Reason, ...]
+    operands: Mapping[str, Value] = field(default_factory=dict)
+    """What is known of query, key, value and attn_mask, for the report."""

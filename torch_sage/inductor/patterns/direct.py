@@ -1,0 +1,25 @@
+"""Attention that the model itself decided on: called or under ``sage``, or under ``exclude``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from torch_sage import ops
+from torch_sage.inductor.eligibility import EXCLUDED
+from torch_sage.inductor.graph_utils import bound_arguments, call_functions
+from torch_sage.ops.reasons import Reason
+from torch_sage.recipes import Recipe
+
+_CALLED = (ops.sdpa, ops.sdpa_with_lse)
+_EXCLUDED = (ops.exact_sdpa, ops.exact_softmax)
+
+
+def find(graph: Graph) -> Iterator[tuple[Node, Recipe | Reason]]:
+    """Yield the calls of whole-attention ops with their recipe, and what is marked as excluded."""
+    for node in call_functions(graph, *_CALLED):
+        bound = bound_arguments(node)
+        yield node, Recipe(*(bound[name] for name in ("qk", "granularity", "pv", "smooth")))
+    for node in call_functions(graph, *_EXCLUDED):
+        yield node, EXCLUDED
