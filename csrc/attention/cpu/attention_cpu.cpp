@@ -36,26 +36,28 @@ const CpuKernel& select_kernel() {
   return kPortableKernel;
 }
 
-// Rows of one block: the most that still give every thread several blocks, so that the last ones
-// to finish do not keep the other threads waiting long.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of one block: as many as possible, but so that every thread gets several blocks (then the
+// last ones to finish do not keep the other threads waiting long) of like size.
 int64_t choose_block_rows(const CpuAttentionParams& p, int64_t threads) {
   constexpr int64_t kBlocksPerThread = 4;
-  constexpr int64_t kLeastRows = 12;
-  int64_t rows = kMaxBlockRows;
-  const auto blocks = [&] { return p.batch * p.heads_q * ((p.seqlen_q + rows - 1) / rows); };
-  while (rows > kLeastRows && blocks() < kBlocksPerThread * threads) rows /= 2;
-  return rows;
+  constexpr int64_t kLeastRows = 12;  // whole register blocks of every kernel
+  const int64_t heads = p.batch * p.heads_q;
+  const int64_t wanted =
+      std::max(ceil_div(p.seqlen_q, kMaxBlockRows), ceil_div(kBlocksPerThread * threads, heads));
+  return ceil_div(ceil_div(p.seqlen_q, wanted), kLeastRows) * kLeastRows;
 }
 
 }  // namespace
 
 void run_cpu_attention(const CpuAttentionParams& params) {
   const CpuKernel& kernel = select_kernel();
+  if (params.batch * params.heads_q * params.seqlen_q == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t block_rows = choose_block_rows(params, threads);
-  const int64_t blocks_per_head = (params.seqlen_q + block_rows - 1) / block_rows;
+  const int64_t blocks_per_head = ceil_div(params.seqlen_q, block_rows);
   const int64_t blocks = params.batch * params.heads_q * blocks_per_head;
-  if (blocks == 0) return;
 
   const auto attend = [&](int64_t index, std::byte* scratch) {
     const int64_t head = index / blocks_per_head;
