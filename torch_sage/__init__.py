@@ -10,7 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torch_sage import ops
+from torch_sage.attention import (
+    AttentionOutput,
+    attention_with_lse,
+    scaled_dot_product_attention,
+)
 from torch_sage.config import PRESETS, SageConfig
+from torch_sage.module import apply_, exclude, reset_, sage
+from torch_sage.ops.dispatch import Reason, ReasonCode, why_not
 
 if TYPE_CHECKING:
     from torch_sage.inductor import disable, enable, explain, is_enabled, options, report
@@ -21,15 +28,25 @@ _INDUCTOR_NAMES = ("disable", "enable", "explain", "is_enabled", "options", "rep
 
 __all__ = [
     "PRESETS",
+    "AttentionOutput",
+    "Reason",
+    "ReasonCode",
     "SageConfig",
     "__version__",
+    "apply_",
+    "attention_with_lse",
     "disable",
     "enable",
+    "exclude",
     "explain",
     "is_enabled",
     "ops",
     "options",
     "report",
+    "reset_",
+    "sage",
+    "scaled_dot_product_attention",
+    "why_not",
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from torch_sage import _extension
-from torch_sage.ops import rules, schemas
+from torch_sage.ops import exact, rules, schemas
 
 _reason = _extension.unavailable_reason()
 if _reason is not None:
@@ -23,4 +23,7 @@ attention_with_lse = torch.ops.torch_sage.attention_with_lse.default
 sdpa = torch.ops.torch_sage.sdpa.default
 sdpa_with_lse = torch.ops.torch_sage.sdpa_with_lse.default
 
-__all__ = list(schemas.DEFINITIONS)
+exact_sdpa = torch.ops.torch_sage.exact_sdpa.default
+exact_softmax = torch.ops.torch_sage.exact_softmax.default
+
+__all__ = [*schemas.DEFINITIONS, *exact.ORIGINALS]

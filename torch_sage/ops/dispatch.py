@@ -30,7 +30,7 @@ from torch_sage.recipes import SUPPORT, resolve
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
 
-__all__ = ["Reason", "ReasonCode", "as_matrices", "causal_of", "validate", "why_not"]
+__all__ = ["Reason", "ReasonCode", "as_matrices", "causal_of", "is_plain", "validate", "why_not"]
 
 # Asked once, here: dynamo would trace the question, down to the look for a file.
 MISSING_LIBRARY = _extension.unavailable_reason()
@@ -230,7 +230,7 @@ def _layout_reasons(*tensors: Tensor | None) -> list[Reason]:
     """Return which tensors are not plain strided ones."""
     reasons = []
     for name, tensor in zip(("query", "key", "value", "attn_mask"), tensors, strict=True):
-        if tensor is None or _is_plain(tensor):
+        if tensor is None or is_plain(tensor):
             continue
         kind = type(tensor).__name__ if tensor.layout == torch.strided else str(tensor.layout)
         kind = "nested" if tensor.is_nested else kind
@@ -240,7 +240,8 @@ def _layout_reasons(*tensors: Tensor | None) -> list[Reason]:
     return reasons
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is dense and strided, and of torch's own classes."""
     kind = type(tensor)
     return (
         # torch's own tracing tensors are subclasses, too: FakeTensor and FunctionalTensor.

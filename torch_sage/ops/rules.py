@@ -12,9 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torch_sage.ops.schemas import DEFINITIONS, LIBRARY
 
-# Arguments that F.scaled_dot_product_attention casts under autocast; scales, means and codes of the
-# quantized operands keep their dtype.
-CASTABLE = frozenset({"query", "key", "value", "attn_mask"})
+# Arguments that torch's own function casts under autocast, SDPA's to the region's dtype, softmax's
+# to float32; scales, means and codes of quantized operands keep their dtype.
+_CAST_LOWER = frozenset({"query", "key", "value", "attn_mask"})
+_CAST_FLOAT32 = frozenset({"self"})
 
 
 def wants_gradient(tensor: Tensor) -> bool:
@@ -59,21 +60,23 @@ def _register_autograd_guard(name: str) -> None:
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]  # torch's
 
 
-def _register_autocast(name: str, device_type: str) -> None:
+def register_autocast(name: str, device_type: str) -> None:
     """Cast as F.scaled_dot_product_attention does: to one dtype, all floats but float64."""
     op = _overload(name)
-    castable = [argument.name in CASTABLE for argument in op._schema.arguments]
+    names = [argument.name for argument in op._schema.arguments]
     key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
     excluded = torch._C.DispatchKeySet(key[device_type])
 
+    def cast(name: str, arg: Any) -> Any:
+        if name in _CAST_LOWER and _follows_autocast(arg, device_type):
+            return arg.to(torch.get_autocast_dtype(device_type))
+        if name in _CAST_FLOAT32 and _follows_autocast(arg, device_type):
+            return arg.float()
+        return arg
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            cast = (
-                arg.to(dtype) if is_castable and _follows_autocast(arg, device_type) else arg
-                for arg, is_castable in zip(args, castable, strict=False)
-            )
-            return op(*cast, **kwargs)
+            return op(*map(cast, names, args), **kwargs)
 
     LIBRARY.impl(name, kernel, key[device_type].name)  # type: ignore[no-untyped-call]  # torch's
 
@@ -109,11 +112,16 @@ def _register_vmap(name: str) -> None:
         ]
         result = op(*folded, **kwargs)
         if isinstance(result, Tensor):
-            return result.unflatten(0, (info.batch_size, batch)), 0
-        outputs = tuple(out.unflatten(0, (info.batch_size, batch)) for out in result)
+            return _unfold(result, info.batch_size, batch), 0
+        outputs = tuple(_unfold(out, info.batch_size, batch) for out in result)
         return outputs, (0,) * len(outputs)
 
     torch.library.register_vmap(f"torch_sage::{name}", rule, lib=LIBRARY)
+
+
+def _unfold(tensor: Tensor, size: int, batch: int) -> Tensor:
+    unfolded: Tensor = tensor.unflatten(0, (size, batch))  # type: ignore[no-untyped-call]  # torch's
+    return unfolded
 
 
 def _with_batch(mapped_mask: Tensor, batch: int) -> Tensor:
@@ -172,8 +180,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
 
 for _name in DEFINITIONS:
     _register_autograd_guard(_name)
-    _register_autocast(_name, "cpu")
-    _register_autocast(_name, "cuda")
+    register_autocast(_name, "cpu")
+    register_autocast(_name, "cuda")
     _register_vmap(_name)
 for _name, _formula in _FLOPS.items():
     register_flop_formula(getattr(torch.ops.torch_sage, _name))(_formula)

@@ -1,0 +1,57 @@
+"""Ops that stand for torch's own functions where ``exclude`` forbids quantization.
+
+Only the graph itself survives tracing, export, and every cache key, so ``exclude`` is written into
+it: under tracing it calls these opaque ops, which no pattern of the Inductor pass knows. They
+compute exactly what they are named after; eager code never calls them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_sage.ops.rules import register_autocast
+from torch_sage.ops.schemas import LIBRARY
+
+# Exact strides: SDPA chooses its backend, and with it the result's strides, by the input's strides.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+ORIGINALS: dict[str, tuple[str, torch._ops.OpOverload[..., Any]]] = {
+    "exact_sdpa": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0,"
+        " bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
+        torch.ops.aten.scaled_dot_product_attention.default,
+    ),
+    "exact_softmax": (
+        "(Tensor self, int dim, ScalarType? dtype=None) -> Tensor",
+        torch.ops.aten.softmax.int,
+    ),
+}
+"""Schema of each op, and torch's own op that a graph may have in its place after the pass."""
+
+
+def _register(name: str, schema: str, original: torch._ops.OpOverload[..., Any]) -> None:
+    LIBRARY.define(f"{name}{schema}", tags=_TAGS)  # type: ignore[no-untyped-call]  # torch's
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        # A function mode that is active, such as an outer scope, must not see the call again.
+        with torch._C.DisableTorchFunction():
+            return original(*args, **kwargs)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        mapped = torch.vmap(lambda *a: original(*a, **kwargs), in_dims, 0, info.randomness)
+        result = mapped(*args)
+        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+    torch.library.register_fake(f"torch_sage::{name}", kernel, lib=LIBRARY)
+    torch.library.register_vmap(f"torch_sage::{name}", vmap, lib=LIBRARY)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's
+
+
+for _name, (_schema, _original) in ORIGINALS.items():
+    _register(_name, _schema, _original)
+for _device in ("cpu", "cuda"):
+    register_autocast("exact_sdpa", _device)
+    register_autocast("exact_softmax", _device)
