@@ -97,7 +97,9 @@ def scaled_dot_product_attention(
         if plan is not None and not plan.reasons and plan.is_matrices:
             # Nothing here wants a gradient, so the ops' Python guard (6 us) has nothing to refuse.
             with torch._C._AutoDispatchBelowAutograd():
-                output = ops.sdpa(query, key, value, attn_mask, plan.causal, scale, **plan.recipe)
+                output: Tensor = ops.sdpa(
+                    query, key, value, attn_mask, plan.causal, scale, **plan.recipe
+                )
             return output if plan.keeps_layout else _laid_out_like(query, output)
     else:
         plan = None
