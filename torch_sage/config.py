@@ -30,14 +30,14 @@ class SageConfig:
     """Rows of Q and K that share one scale."""
 
     pv: PVFormat = "auto"
-    """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates in
-    fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++)."""
+    """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates
+    in fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++)."""
 
     smooth_q: bool | None = None
     """Subtract the mean of every 128 query rows before quantization (INT4 recipes)."""
 
     smooth_k: bool | None = None
-    """Subtract the token mean of K before quantization; the output does not change, only its error."""
+    """Subtract the token mean of K before quantization: changes the output's error, not its value."""
 
     smooth_v: bool | None = None
     """Subtract the token mean of V before quantization and add it to the output."""
@@ -49,6 +49,7 @@ class SageConfig:
     """Unsupported input runs exact SDPA silently, with a warning, or raises NotImplementedError."""
 
     def __post_init__(self) -> None:
+        """Refuse values that no field allows."""
         choices: dict[str, tuple[object, ...]] = {
             "qk": get_args(QKFormat),
             "granularity": get_args(Granularity),

@@ -35,7 +35,7 @@ class Recipe:
         return f"{self.qk}.{self.granularity}/{self.pv}/smooth-{self.smooth or 'none'}"
 
     def op_kwargs(self) -> dict[str, str]:
-        """Return the keyword arguments with which ``torch.ops.torch_sage.sdpa`` runs this recipe."""
+        """Return the keyword arguments with which the op ``sdpa`` runs this recipe."""
         return {
             "qk": self.qk,
             "granularity": self.granularity,
