@@ -98,7 +98,9 @@ def test_both_branches_of_cond(block, x, no_grad):
 
 
 def test_nested_compile_region_shares_one_graph(block, x, no_grad):
-    region = torch.compiler.nested_compile_region(block.forward)
+    @torch.compiler.nested_compile_region
+    def region(x):
+        return block(x)
 
     def function(x):
         return region(region(x))
@@ -248,12 +250,23 @@ def test_gradients_are_right_where_only_a_part_is_trained(x):
     assert (report.rewritten, dict(report.reasons)) == (1, {"training": 1})
 
 
-def test_exclude_keeps_torchs_own_attention(block, x, no_grad):
-    torch_sage.exclude(block)
-    expected = block(x)
+def exact(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+def exact_by_hand(q):
+    return (q @ q.transpose(-1, -2) / 4).softmax(-1) @ q
+
+
+@pytest.mark.parametrize("function", [exact, exact_by_hand])
+def test_exclude_compiles_to_what_torch_makes_of_it(function, no_grad):
+    """The marker ops keep the passes away and are gone afterwards: Inductor fuses as always."""
+    q = torch.randn(1, 2, 40, 16)
+    expected = function(q)
     with torch_sage.enable(ALWAYS):
-        out, graphs = captured_graphs(block, x, patches={})
-    assert count(graphs, SDPA) == 0
+        out, graphs = captured_graphs(torch_sage.exclude(function), q, patches={})
+    assert count(graphs, SDPA, torch_sage.ops.exact_sdpa, torch_sage.ops.exact_softmax) == 0
+    assert [[r.code for r in record.reasons] for record in records(graphs)] == [["excluded"]]
     torch.testing.assert_close(out, expected)
 
 

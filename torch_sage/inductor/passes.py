@@ -169,6 +169,8 @@ class PostPass(SagePass):
             rewrite.apply(graph, found, config, against)
         if state is not None and not new_nodes:
             _rehome(graph, state.refused)
+        for node, original in direct.markers(graph):
+            rewrite.restore(graph, node, original)
 
 
 class PublishPass(SagePass):

@@ -90,7 +90,7 @@ def source_line(node: Node) -> str:
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
     if not frames:
         return ""
-    inside = tuple(f'File "{Path(package.__file__).parent}' for package in (torch, torch_sage))
+    inside = tuple(f'File "{package.__path__[0]}' for package in (torch, torch_sage))
     theirs = [frame for frame in frames if not frame.startswith(inside)]
     path, _, place = (theirs or frames)[-1].removeprefix('File "').partition('", line ')
     line, _, function = place.partition(", in ")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 
 from torch_sage.config import SageConfig
@@ -18,10 +20,13 @@ from torch_sage.inductor.graph_utils import (
     insert,
     is_tensor,
     plan,
+    plan_graph,
+    restride,
     tensor,
 )
 from torch_sage.inductor.patterns.match import Match, Refusal
 from torch_sage.inductor.records import (
+    META_KEY,
     AttentionRecord,
     attach,
     describe,
@@ -77,6 +82,23 @@ def apply(
     assert op.node is not None
     attach(op.node, record)
     return True
+
+
+def restore(graph: Graph, node: Node, original: torch._ops.OpOverload[..., Any]) -> None:
+    """Put torch's own operator, decomposed as in any graph, in place of one that stands for it."""
+    bound = bound_arguments(node)
+
+    def compute(*arguments: Any) -> Tensor:
+        result: Tensor = original(**dict(zip(bound, arguments, strict=True)))
+        return result
+
+    result = plan_graph(compute, *bound.values(), decompositions=select_decomp_table())
+    result = restride(result, tensor(node))
+    if result is None:
+        return  # it computes the same, only unfused
+    plain = insert_before(graph, node, result)
+    plain.meta[META_KEY] = node.meta.get(META_KEY, ())
+    _replace(graph, node, plain)
 
 
 def insert_before(graph: Graph, anchor: Node, result: object) -> Node:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from torch_sage import ops
 from torch_sage.inductor.eligibility import EXCLUDED
 from torch_sage.inductor.graph_utils import bound_arguments, call_functions
+from torch_sage.ops.exact import ORIGINALS
 from torch_sage.ops.reasons import Reason
 from torch_sage.recipes import Recipe
 
 _CALLED = (ops.sdpa, ops.sdpa_with_lse)
-_EXCLUDED = (ops.exact_sdpa, ops.exact_softmax)
+_EXCLUDED = {getattr(ops, name): original for name, (_, original) in ORIGINALS.items()}
 
 
 def find(graph: Graph) -> Iterator[tuple[Node, Recipe | Reason]]:
@@ -23,3 +26,9 @@ def find(graph: Graph) -> Iterator[tuple[Node, Recipe | Reason]]:
         yield node, Recipe(*(bound[name] for name in ("qk", "granularity", "pv", "smooth")))
     for node in call_functions(graph, *_EXCLUDED):
         yield node, EXCLUDED
+
+
+def markers(graph: Graph) -> Iterator[tuple[Node, OpOverload[..., Any]]]:
+    """Yield what is marked as excluded with the operator of torch that it stands for."""
+    for node in call_functions(graph, *_EXCLUDED):
+        yield node, _EXCLUDED[node.target]
