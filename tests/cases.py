@@ -97,8 +97,8 @@ def _shape_data(
         k[..., 0] += 30
         v[..., 0] *= 100
     elif kind == "outlier_row":  # one loud row spoils the scales of its group only
-        q[..., q.shape[2] // 2, :] *= 50
-        k[..., k.shape[2] // 2, :] *= 50
+        q[:, :, q.shape[2] // 2 :][:, :, :1] *= 50
+        k[:, :, k.shape[2] // 2 :][:, :, :1] *= 50
     elif kind == "uneven":  # neighbouring scales differ, so a swapped one shows
         k *= 2.0 ** (torch.arange(k.shape[2]) // 16 % 4)[:, None]
         v *= 2.0 ** (torch.arange(v.shape[3]) % 5)
