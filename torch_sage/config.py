@@ -37,7 +37,7 @@ class SageConfig:
     """Subtract the mean of every 128 query rows before quantization (INT4 recipes)."""
 
     smooth_k: bool | None = None
-    """Subtract the token mean of K before quantization: changes the output's error, not its value."""
+    """Subtract the token mean of K before quantization; in exact arithmetic, no change."""
 
     smooth_v: bool | None = None
     """Subtract the token mean of V before quantization and add it to the output."""
