@@ -17,6 +17,7 @@ from torch_sage import _extension
 from torch_sage.demo import plots
 from torch_sage.demo.measure import ModelResult
 from torch_sage.demo.model import Goal
+from torch_sage.inductor.report import report as node_report
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -27,13 +28,14 @@ border-bottom: 1px solid #ddd; vertical-align: top } img { max-width: 100% } .mi
 
 
 def write(results: list[ModelResult], folder: Path) -> Path:
-    """Write ``report.json``, two figures and ``index.html``; return the page's path."""
+    """Write ``report.json``, two figures, ``attention.html`` and ``index.html``; return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = describe_environment()
     data = {"environment": environment, "models": [to_data(result) for result in results]}
     (folder / "report.json").write_text(json.dumps(data, indent=2) + "\n")
     plots.speed_bars(results, folder / "speed.svg")
     plots.layer_errors(results, folder / "layers.svg")
+    node_report().to_html(folder / "attention.html")
     page = folder / "index.html"
     page.write_text(_page(results, environment))
     return page
@@ -86,6 +88,7 @@ medians of interleaved calls, outputs are compared with the unmodified model.</p
 <h2>Time per call</h2><img src="speed.svg" alt="time per call">
 <h2>Error by layer</h2><img src="layers.svg" alt="error by layer">
 {"".join(sections)}
+<p><a href="attention.html">Every attention node, with its module and source line</a></p>
 </html>
 """
 

@@ -45,7 +45,7 @@ def prediction_losses(states: Tensor, ids: Tensor, head: nn.Module, rows: int = 
     losses = [
         F.cross_entropy(head(some_states), targets, reduction="none")
         for some_states, targets in zip(
-            states[0, :-1].split(rows), ids[0, 1:].split(rows), strict=True
+            torch.split(states[0, :-1], rows), torch.split(ids[0, 1:], rows), strict=True
         )
     ]
     return torch.cat(losses).double()
@@ -75,7 +75,7 @@ class SmolLM2(DemoModel):
         self._ids: Tensor = tokenizer(prose(), return_tensors="pt").input_ids
         self.parts = {"model": Prefill(model.model)}
         self.attention_nodes = _LAYERS
-        self._windows = self._ids[:, : _WINDOWS[quick] * _LENGTH].split(_LENGTH, dim=1)
+        self._windows = torch.split(self._ids[:, : _WINDOWS[quick] * _LENGTH], _LENGTH, dim=1)
         self.workloads = [self._workload(*window) for window in enumerate(self._windows)]
 
     @staticmethod

@@ -1,0 +1,27 @@
+"""Every example runs as a user would run it, and says what it promises to say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SPOKEN = {
+    "sdpa_replacement": "relative L1 error, merged:",
+    "torch_compile": "4 attention nodes rewritten, 0 skipped",
+    "per_module": "quantized: ['layer1', 'layer2']",
+}
+
+
+def test_every_example_is_listed():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SPOKEN)
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_runs_and_is_short(name):
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= 60
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert SPOKEN[name] in result.stdout
