@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from tests.accuracy import ROWS, Accuracy, make_data, measure, recipe
+from tests.accuracy import COLUMNS, ROWS, Accuracy, make_data, measure, recipe
 
 # Gates of algorithm.md 3.3. Full size: measured L1 is .0375, .0131, .206 and .0446.
 GATES = [
@@ -105,3 +106,14 @@ def test_rounded_row_sum_helps_biased_values() -> None:
             for by_rounded in (True, False)
         )
         assert rounded.rmse < factor * plain.rmse
+
+
+@pytest.mark.parametrize("row", ["CPU default: int8 token, bf16, smooth k", "`i8f8` thread"])
+def test_docs_show_these_numbers(row: str) -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text().splitlines()
+    [line] = [x for x in lines if x.startswith(f"| {row} |")]
+    for kind, cell in zip(COLUMNS, line.split("|")[2:-1], strict=True):
+        cosine, error = (float(x) for x in cell.split("/"))
+        measured = measure(make_data(kind), **ROWS[row])
+        assert cosine == pytest.approx(measured.cosine, abs=0.002)  # two units of the last digit
+        assert error == pytest.approx(measured.l1, abs=0.0002)
