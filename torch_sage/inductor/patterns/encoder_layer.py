@@ -139,7 +139,8 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """Return [batch, tokens, heads * head_dim] as [batch, heads, tokens, head_dim]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
 
 
 def project_self(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, ...]:

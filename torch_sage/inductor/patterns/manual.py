@@ -26,8 +26,10 @@ from torch_sage.inductor.graph_utils import (
     plan,
     product,
     same,
+    same_shape,
     size,
     tensor,
+    val,
 )
 from torch_sage.inductor.patterns import refusals
 from torch_sage.inductor.patterns.axes import Axes, Extent, axes_of, is_one, step_up
@@ -53,6 +55,9 @@ from torch_sage.inductor.patterns.softmax import Softmax, is_call, match_softmax
 from torch_sage.ops.reasons import Reason
 
 NAME = "manual"
+
+NEARBY = 12
+"""How many nodes above the second matmul are searched for a softmax whose result was changed."""
 
 
 def find(graph: Graph) -> Iterator[Match | Refusal]:
@@ -119,18 +124,17 @@ def find_weights(matmul: Node, transposed: bool) -> Weights | None:
 
 def find_modified(matmul: Node, transposed: bool, last: Node) -> Weights | None:
     """Return weights that are changed after a softmax close above ``last``."""
-    queue, seen = [last], {last}
-    while queue and len(seen) < 12:
-        node = queue.pop(0)
+    near = [last]
+    for node in near:
+        near += [above for above in node.all_input_nodes if above not in near]
+        if len(near) > NEARBY:
+            break
+    for node in near:
         softmax = match_softmax(node)
         if softmax is not None and makes_scores(softmax.scores, last):
-            random = any(is_random(n) for n in seen)
+            random = any(is_random(n) for n in near)
             reason = refusals.WEIGHTS_DROPOUT if random else refusals.WEIGHTS_MODIFIED
             return Weights(matmul, transposed, softmax, (), (), reason)
-        for above in node.all_input_nodes:
-            if above not in seen:
-                seen.add(above)
-                queue.append(above)
     return None
 
 
@@ -187,22 +191,22 @@ def equal_sizes(graph: Graph, inside: set[Node], matmul: Node) -> dict[Node, Nod
         return {}
     found = {}
     for user in outside & live:
-        equal = earlier_size(graph, user) if is_call(user, aten.sym_size.int) else None
+        is_size = is_call(user, aten.sym_size.int)
+        equal = earlier_size(graph, user, inside) if is_size else None
         if equal is None:
             raise Unsupported(refusals.WEIGHTS_USED)
         found[user] = equal
     return found
 
 
-def earlier_size(graph: Graph, wanted: Node) -> Node | None:
-    """Return a node before ``wanted`` that is the same symbolic number, not read off a tensor."""
+def earlier_size(graph: Graph, wanted: Node, inside: set[Node]) -> Node | None:
+    """Return a node before ``wanted`` that is the same symbolic number but not of ``inside``."""
     for node in graph.nodes:
         if node is wanted:
-            return None
-        if not isinstance(node.meta.get("val"), torch.SymInt) or is_call(node, aten.sym_size.int):
-            continue
-        if same(node.meta["val"], wanted.meta["val"]):
-            return node  # type: ignore[no-any-return]
+            break
+        is_size = isinstance(node.meta.get("val"), torch.SymInt)
+        if is_size and same(val(node), val(wanted)) and inside.isdisjoint(node.all_input_nodes):
+            return node
     return None
 
 
@@ -256,28 +260,57 @@ def assemble(weights: Weights, q: Operand, k: Operand, v: Operand, mask: Mask) -
     for operand in operands:
         dtype = torch.promote_types(dtype, tensor(operand).dtype)
     query, key, value = (converted(operand, dtype) for operand in operands)
+    copy = token_major_copy(weights, query, value)
 
     def finish(output: Value) -> Value:
-        shape = [size(output, d) for d in range(4)]
-        folded = [product(shape[:2])] if tensor(matmul).dim() == 3 else []
-        result: Value = plan(aten.view.default, output, [*folded, *shape[2:]])
-        if weights.transposed:
-            dims = list(range(tensor(matmul).dim()))
-            dims[-1], dims[-2] = dims[-2], dims[-1]
-            result = plan(aten.permute.default, result, dims)
-            result = plan(aten.clone.default, result, memory_format=torch.contiguous_format)
+        if copy is None:
+            result = folded(output, weights)
+        else:
+            result = plan(aten.permute.default, output, [0, 2, 1, 3])
         return converted(result, tensor(matmul).dtype)
 
     return Match(
         pattern=NAME,
-        anchor=matmul,
+        anchor=matmul if copy is None else copy,
         query=query,
         key=key,
         value=value,
         finish=finish,
         attn_mask=mask.value(),
         scale=mask.scale * q.factor * k.factor,
+        output_order="bhsd" if copy is None else "bshd",
+        operator=matmul,
     )
+
+
+def folded(output: Value, weights: Weights) -> Value:
+    """Plan the attention output in the shape of the matmul that it replaces."""
+    rank = tensor(weights.matmul).dim()
+    shape = [size(output, d) for d in range(4)]
+    batch = [product(shape[:2])] if rank == 3 else []
+    result = plan(aten.view.default, output, [*batch, *shape[2:]])
+    if weights.transposed:
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        result = plan(aten.permute.default, result, order)
+        result = plan(aten.clone.default, result, memory_format=torch.contiguous_format)
+    return result
+
+
+def token_major_copy(weights: Weights, query: Value, value: Value) -> Node | None:
+    """Return the copy to [batch, tokens, heads, head_dim] if that is all the result is used for.
+
+    Nearly every model makes it before its output projection; the op can write that order itself.
+    """
+    node, shape = weights.matmul, [*tensor(query).shape[:3], tensor(value).shape[3]]
+    for target in (aten.view.default, aten.permute.default, aten.clone.default):
+        if weights.transposed or len(node.users) != 1 or not is_call(*node.users, target):
+            return None
+        node = next(iter(node.users))
+        if target is aten.view.default and not same_shape(tensor(node).shape, shape):
+            return None
+        if target is aten.permute.default and node.args[1] != [0, 2, 1, 3]:
+            return None
+    return node if node.kwargs.get("memory_format") is torch.contiguous_format else None
 
 
 def converted(value: Value, dtype: torch.dtype) -> Value:

@@ -8,10 +8,12 @@ a scale, and several masks become one. ``-inf`` fills give a bool mask. A finite
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Node
 
 from torch_sage.inductor.graph_utils import (
@@ -174,8 +176,9 @@ class Mask:
 
 
 def number(fill: float, dtype: torch.dtype, like: Value) -> Value:
-    """Plan a tensor of rank 0."""
-    return plan(aten.full.default, [], fill, dtype=dtype, device=tensor(like).device)
+    """Plan a tensor of rank 0 beside ``like``."""
+    with detect_fake_mode(tensor(like)) or nullcontext():
+        return plan(aten.full.default, [], fill, dtype=dtype, device=tensor(like).device)
 
 
 def inverse(mask: Node) -> Value:

@@ -140,7 +140,9 @@ def elementwise(node: Node, axes: Axes) -> tuple[Node, list[Step]] | None:
         return scaled_by_tensor(node, axes)
     if is_call(node, aten.where.self):
         keep, kept, filled = node.args
-        inverted = constant(filled) is None and constant(kept) is not None
+        inverted = not is_whole(kept, node) or (
+            constant(filled) is None and constant(kept) is not None
+        )
         scores, fill = (filled, kept) if inverted else (kept, filled)
     elif is_call(node, *FILLS):
         scores, keep, fill = node.args
