@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
-import shapes
 import torch
-from harness import Contender, Inputs
-from shapes import Shape
 from torch import Tensor
 
 import torch_sage
+from benchmarks import harness, shapes
+from benchmarks.harness import Contender, Inputs
+from benchmarks.shapes import Shape
 from torch_sage.crossover import Crossover
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,8 +106,7 @@ def reuse(shape: Shape) -> float:
 
 def multiplications(shape: Shape) -> float:
     """Return the multiplications of both products, as torch_sage/crossover.py counts them."""
-    pairs = shape.seqlen_q * shape.seqlen_k / (2 if shape.is_causal else 1)
-    return 2.0 * shape.batch * shape.heads_q * shape.head_dim * pairs
+    return 2.0 * shape.batch * shape.heads_q * shape.head_dim * shape.seqlen_q * shape.seqlen_k
 
 
 def fit_crossover(measured: Sequence[tuple[Shape, float]]) -> Crossover:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import subprocess
@@ -13,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 from torch import Tensor
+
+from benchmarks.shapes import Shape
+from torch_sage import _extension
 
 MAX_RELATIVE_L1 = 0.02  # the accuracy that the default CPU recipe promises on N(0, 1)
 REFERENCE_ROWS = 64  # query rows that are recomputed in fp64: all of them would be 4 GB at 8192
@@ -144,7 +145,7 @@ def environment() -> dict[str, str | int]:
     return {
         "cpu": cpu,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "sage_isa": os.environ.get("TORCH_SAGE_CPU_ISA", "best"),
+        "sage_isa": _extension.build_info()["cpu_isa"],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,7 +2,7 @@
 
 Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
 is their ratio: how often an element is used. A fixed cost per call comes on top. The numbers of a
-device are printed by ``python benchmarks/bench_attention.py --crossover``; docs/kernels/cpu.md
+device are printed by ``python -m benchmarks.bench_attention --crossover``; docs/kernels/cpu.md
 shows the measurements behind them.
 """
 
@@ -18,12 +18,12 @@ class Crossover(NamedTuple):
     """Multiplications per element of q, k and v."""
 
     multiplications: float
-    """Multiplications of one call."""
+    """Multiplications of one call, those a causal mask saves included: SDPA hardly saves them."""
 
 
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13.
 CROSSOVER: dict[str, Crossover] = {
-    "cpu": Crossover(reuse=64, multiplications=2e7),
+    "cpu": Crossover(reuse=64, multiplications=9.4e6),
 }
 
 
@@ -37,7 +37,6 @@ def prefers_exact(
     seqlen_k: int,
     head_dim: int,
     head_dim_v: int,
-    causal: bool,
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
@@ -46,8 +45,7 @@ def prefers_exact(
     crossover = CROSSOVER.get(device_type)
     if crossover is None:
         return False
-    pairs = seqlen_q * seqlen_k / (2 if causal else 1)
-    multiplications = batch * heads_q * pairs * (head_dim + head_dim_v)
+    multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
     elements = batch * heads_q * seqlen_q * head_dim
     elements += batch * heads_kv * seqlen_k * (head_dim + head_dim_v)
     return multiplications < max(crossover.multiplications, crossover.reuse * elements)

@@ -78,7 +78,7 @@ def why_not(
         reasons.append(Reason(ReasonCode.INVALID_INPUT, problem))
     q, k, v = as_matrices(query, key, value)
     reasons += _limit_reasons(q, k, v, attn_mask)
-    if not reasons and config.dispatch == "measured" and _exact_is_faster(q, k, v, causal):
+    if not reasons and config.dispatch == "measured" and _exact_is_faster(q, k, v):
         message = (
             f"query {list(query.shape)} and key {list(key.shape)} must be larger to be faster than "
             "exact SDPA; dispatch='always' ignores this"
@@ -310,7 +310,7 @@ def _limit_reasons(
     return reasons
 
 
-def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor, causal: str) -> bool:
+def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
     batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
     return prefers_exact(
@@ -322,7 +322,6 @@ def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor, causal: str) -> 
         seqlen_k=_hint(key.shape[2]),
         head_dim=head_dim,
         head_dim_v=_hint(value.shape[3]),
-        causal=causal != "none",
     )
 
 
