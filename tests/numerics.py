@@ -72,11 +72,18 @@ def exact_attention(
 
 
 def expect(query: Tensor, key: Tensor, value: Tensor, *semantics: Any, **recipe: Any) -> Expected:
-    """Compute all three references; ``semantics`` are mask, causal and scale."""
-    low, high = (
-        reference.attention(query, key, value, *semantics, **recipe, precision=precision)
-        for precision in ("recipe", "exact")
-    )
+    """Compute all three references; ``semantics`` are mask, causal and scale.
+
+    R_low is, element by element, the worst of what a right kernel may round to.
+    """
+    inputs = (query, key, value, *semantics)
+    high = reference.attention(*inputs, **recipe, precision="exact")
+    low = reference.attention(*inputs, **recipe)
+    # A probability within the error of 2**x of a rounding tie may go either way.
+    for error in (EXP2_ERROR, -EXP2_ERROR):
+        other = reference.attention(*inputs, **recipe, exp2_error=error).output
+        is_worse = (other - high.output).abs() > (low.output - high.output).abs()
+        low = low._replace(output=torch.where(is_worse, other, low.output))
     largest = torch.where(value.isfinite(), value, 0).double().abs().flatten(2)
     largest = largest.amax(-1) if largest.shape[-1] else largest.sum(-1)
     largest = largest.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[..., None]
@@ -136,7 +143,9 @@ def assert_cosine(actual: Tensor, oracle: Tensor, minimum: float = MIN_COSINE) -
     finite = (actual.isfinite() & oracle.isfinite()).flatten(2)
     a, b = (torch.where(finite, x.double().flatten(2), 0.0) for x in (actual, oracle))
     norms = a.norm(dim=-1) * b.norm(dim=-1)
-    silent = b.abs().amax(-1) <= FLUSHED if b.shape[-1] else norms == 0
+    # Subnormal outputs have a handful of levels: one of them is a large angle.
+    subnormal = torch.finfo(actual.dtype).tiny
+    silent = b.abs().amax(-1) <= subnormal if b.shape[-1] else norms == 0
     cosine = torch.where(silent, 1.0, (a * b).sum(-1) / norms)
     assert (cosine >= minimum).all(), f"cosine {cosine.min().item():.6f} < {minimum}"
 

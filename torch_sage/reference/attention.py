@@ -43,7 +43,7 @@ class _Tile(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """Quantized operands with scales per row and kv heads repeated; only codes are not fp32."""
+    """Quantized operands with scales per row and kv heads repeated."""
 
     query_codes: Tensor  # [B, Hq, N, D], negated for a negative softmax scale
     query_scales: Tensor  # [B, Hq, N]
@@ -52,11 +52,12 @@ class _Operands(NamedTuple):
     value_codes: Tensor  # [B, Hq, M, Dv]
     value_scales: Tensor  # [B, Hq, Dv]
     value_mean: Tensor  # [B, Hq, Dv]
-    correction: Tensor | None  # Delta S [B, Hq, N, M], same sign convention as query_codes
-    lse_shift: Tensor  # scale * (query . key_mean) [B, Hq, N]
+    correction: Tensor | None  # fp64 Delta S [B, Hq, N, M], negated as query_codes
+    lse_shift: Tensor  # fp64 scale * (query . key_mean) [B, Hq, N]
     bias: Tensor | None  # float mask [B, Hq, N, M], natural-log units
     visible: Tensor  # bool [B, Hq, N, M]
     scale_magnitude: float
+    exp2_error: float = 0.0
 
 
 def attention(
@@ -82,6 +83,7 @@ def attention(
     two_level: bool = True,
     ranges: tuple[float, float] | None = None,
     sum_rounded: bool | None = None,
+    exp2_error: float = 0.0,
 ) -> AttentionOutput:
     """Compute attention as the recipe specifies it.
 
@@ -113,6 +115,7 @@ def attention(
         two_level: whether the accumulator is flushed to fp32 after every key tile (2.7).
         ranges: P_r and V_r of an E4M3 format; by default ``E4M3_RANGES``.
         sum_rounded: whether the row sum is taken from the rounded P; by default 2.6's choice.
+        exp2_error: relative error given to 2**x, to see what a kernel's approximation may do.
 
     Returns:
         Output and lse; a row without a visible key has output 0 and lse -inf.
@@ -142,6 +145,7 @@ def attention(
         return AttentionOutput(_saturate(output, query.dtype), lse)
     by_rounded = sums_rounded_probabilities(pv) if sum_rounded is None else sum_rounded
     shift = probability_shift(pv, probability_max)
+    ops = ops._replace(exp2_error=exp2_error)
     output, lse = _online(ops, pv, tile or block_k, shift, accumulate, two_level, by_rounded)
     return AttentionOutput(_saturate(output, query.dtype).to(query.dtype), lse)
 
@@ -260,7 +264,7 @@ def _quantize(
     if "q" in smooth:
         q_input, q_mean = smooth_query(query, tile.block_q)
         smoothed_key = per_query_head(key.float() - k_mean[..., None, :])
-        correction = sign * (q_mean @ smoothed_key.mT)
+        correction = sign * (q_mean.double() @ smoothed_key.mT.double())
     q_codes, q_scales = quantize_query(q_input, block=tile.block_q, warp=tile.warp, **rows)
     return _Operands(
         query_codes=q_codes if sign > 0 else -q_codes,
@@ -271,7 +275,7 @@ def _quantize(
         value_scales=per_query_head(v_scales),
         value_mean=per_query_head(v_mean),
         correction=correction,
-        lse_shift=scale * (query.float() * per_query_head(k_mean)[..., None, :]).sum(-1),
+        lse_shift=scale * (query.double() * per_query_head(k_mean)[..., None, :]).sum(-1),
         bias=None,
         visible=visible,
         scale_magnitude=abs(scale),
@@ -283,7 +287,7 @@ def _exact(ops: _Operands) -> AttentionOutput:
     scores = ops.query_codes.double() @ ops.key_codes.double().mT
     scores = scores * (ops.query_scales.double()[..., None] * ops.key_scales.double()[..., None, :])
     if ops.correction is not None:
-        scores = scores + ops.correction.double()
+        scores = scores + ops.correction
     scores = scores * ops.scale_magnitude
     if ops.bias is not None:
         scores = scores + ops.bias.double()
@@ -296,7 +300,7 @@ def _exact(ops: _Operands) -> AttentionOutput:
     total = p.sum(-1, keepdim=True)
     values = ops.value_codes.double() * ops.value_scales.double()[..., None, :]
     output = p @ values / total + ops.value_mean.double()[..., None, :]
-    lse = (top + total.log()).squeeze(-1) + ops.lse_shift.double()
+    lse = (top + total.log()).squeeze(-1) + ops.lse_shift
     attends = total.squeeze(-1) != 0
     return AttentionOutput(
         torch.where(attends[..., None], output, 0.0), torch.where(attends, lse, -torch.inf)
@@ -310,7 +314,7 @@ def _logits_base2(ops: _Operands, keys: slice) -> Tensor:
     kappa = torch.tensor(ops.scale_magnitude * LOG2_E, dtype=torch.float32)
     z = codes * ((ops.query_scales * kappa)[..., None] * ops.key_scales[..., None, keys])
     if ops.correction is not None:
-        z = z + kappa * ops.correction[..., keys]
+        z = z + kappa * ops.correction[..., keys].float()
     if ops.bias is not None:
         bias = ops.bias[..., keys].float()
         finite = (bias * LOG2_E).clamp(-FP32_MAX, FP32_MAX)
@@ -339,7 +343,7 @@ def _online(
         new_top = torch.maximum(top, z.amax(-1) - shift)
         origin = new_top.masked_fill(new_top == -torch.inf, 0.0)
         alpha = (top - origin).exp2()
-        p = (z - origin[..., None]).exp2()
+        p = (z - origin[..., None]).exp2() * (1 + ops.exp2_error)
         rounded = round_probabilities(p, pv)
         total = alpha * total + p.sum(-1)
         total_rounded = alpha * total_rounded + rounded.sum(-1)
@@ -353,7 +357,7 @@ def _online(
     divisor = total_rounded if by_rounded else total
     output = accumulated / divisor[..., None] * ops.value_scales[..., None, :]
     output = output + ops.value_mean[..., None, :]
-    lse = math.log(2) * (top + total.log2()) + ops.lse_shift
+    lse = math.log(2) * (top + total.log2()) + ops.lse_shift.float()
     attends = total != 0
     return AttentionOutput(
         torch.where(attends[..., None], output, 0.0), torch.where(attends, lse, -torch.inf)
