@@ -20,8 +20,8 @@ from torch_sage.module import apply_, exclude, reset_, sage
 from torch_sage.ops.dispatch import Reason, ReasonCode, why_not
 
 if TYPE_CHECKING:
-    from torch_sage.inductor.explain import explain
-    from torch_sage.inductor.report import report
+    from torch_sage.inductor.dry_run import explain
+    from torch_sage.inductor.reporting import report
     from torch_sage.inductor.switch import disable, enable, is_enabled, options
 
 __version__ = "0.1.0"

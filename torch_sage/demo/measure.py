@@ -14,7 +14,7 @@ import torch_sage
 from torch_sage.demo.layers import COSINE_TARGET, LayerError, layer_errors
 from torch_sage.demo.model import DemoModel, Forwards, Goal, Workload
 from torch_sage.demo.nodes import AttentionNodes
-from torch_sage.inductor.report import report
+from torch_sage.inductor.reporting import report
 
 Progress = Callable[[str], None]
 """Called with the name of each step before it begins."""

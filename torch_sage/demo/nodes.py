@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_sage.demo.model import Goal
 from torch_sage.inductor.records import AttentionRecord
-from torch_sage.inductor.report import Report, report
+from torch_sage.inductor.reporting import Report, report
 from torch_sage.ops.reasons import ReasonCode
 
 # Why an eligible node may stay exact: it is small enough for SDPA to be the faster one.

@@ -17,7 +17,7 @@ from torch_sage import _extension
 from torch_sage.demo import plots
 from torch_sage.demo.measure import ModelResult
 from torch_sage.demo.model import Goal
-from torch_sage.inductor.report import report as node_report
+from torch_sage.inductor.reporting import report as node_report
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -28,7 +28,7 @@ border-bottom: 1px solid #ddd; vertical-align: top } img { max-width: 100% } .mi
 
 
 def write(results: list[ModelResult], folder: Path) -> Path:
-    """Write ``report.json``, two figures, ``attention.html`` and ``index.html``; return the page's path."""
+    """Write the pages, the figures and ``report.json``; return the path of ``index.html``."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = describe_environment()
     data = {"environment": environment, "models": [to_data(result) for result in results]}

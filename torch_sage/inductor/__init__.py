@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch_sage.inductor.explain import explain
-from torch_sage.inductor.report import Report, report
+from torch_sage.inductor.dry_run import explain
+from torch_sage.inductor.reporting import Report, report
 from torch_sage.inductor.switch import Handle, backend, disable, enable, is_enabled, options
 
 __all__ = [

@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from torch_sage import _extension
 from torch_sage.config import SageConfig
 from torch_sage.inductor import rewrite
+from torch_sage.inductor.constant_masks import ConstantMasks
 from torch_sage.inductor.eligibility import TORCH_FUSION, TRAINING
 from torch_sage.inductor.graph_utils import is_training, output_node
 from torch_sage.inductor.patterns import direct, encoder_layer, fused, manual
@@ -136,10 +137,10 @@ class PrePass(SagePass):
             return
         for node, outcome in direct.find(graph):
             rewrite.note(node, outcome)
-        refused, wrong_softmax = [], False
+        refused, wrong_softmax, masks = [], False, ConstantMasks()
         for pattern in (encoder_layer, manual):
             for found in pattern.find(graph):
-                if not rewrite.apply(graph, found, config):
+                if not rewrite.apply(graph, found, config, masks):
                     refused.append(found.anchor)
                 if isinstance(found, Refusal):
                     wrong_softmax |= SOFTMAX_DIM in found.reasons
@@ -156,7 +157,7 @@ class PostPass(SagePass):
         """Rewrite what is eligible, or say why the graph stays untouched."""
         training = is_training(graph)
         state = output_node(graph).meta.pop(_PRE_STATE_KEY, None)
-        new_nodes = False
+        new_nodes, masks = False, ConstantMasks()
         for found in fused.find(graph):
             node = found.anchor if isinstance(found, Refusal) else _operator(found)
             is_new = state is not None and node not in state.fused
@@ -166,7 +167,7 @@ class PostPass(SagePass):
                 against = (TRAINING,)
             elif is_new and state.wrong_softmax:
                 against = (TORCH_FUSION,)
-            rewrite.apply(graph, found, config, against)
+            rewrite.apply(graph, found, config, masks, against)
         if state is not None and not new_nodes:
             _rehome(graph, state.refused)
         for node, original in direct.markers(graph):

@@ -12,6 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 
 from torch_sage.config import SageConfig
+from torch_sage.inductor.constant_masks import ConstantMasks
 from torch_sage.inductor.eligibility import OUTPUT_LAYOUT, reasons_against
 from torch_sage.inductor.graph_utils import (
     bound_arguments,
@@ -41,7 +42,11 @@ _INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_no
 
 
 def apply(
-    graph: Graph, found: Match | Refusal, config: SageConfig, against: tuple[Reason, ...] = ()
+    graph: Graph,
+    found: Match | Refusal,
+    config: SageConfig,
+    masks: ConstantMasks,
+    against: tuple[Reason, ...] = (),
 ) -> bool:
     """Rewrite ``found`` if nothing is ``against`` it; attach the record either way.
 
@@ -51,6 +56,7 @@ def apply(
     if isinstance(found, Refusal):
         attach(found.anchor, _record(found, "", against or found.reasons))
         return False
+    found = masks.simplified(found)
     reasons = against or reasons_against(found, config)
     recipe = None if reasons else resolve(config, tensor(found.query).device.type)
     if recipe is None:

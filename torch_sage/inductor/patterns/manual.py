@@ -201,6 +201,7 @@ def equal_sizes(graph: Graph, inside: set[Node], matmul: Node) -> dict[Node, Nod
 
 def earlier_size(graph: Graph, wanted: Node, inside: set[Node]) -> Node | None:
     """Return a node before ``wanted`` that is the same symbolic number but not of ``inside``."""
+    node: Node
     for node in graph.nodes:
         if node is wanted:
             break

@@ -146,4 +146,4 @@ def _line(record: AttentionRecord) -> str:
     outcome = record.recipe or "skipped: " + "; ".join(
         f"{reason.code} ({reason.message})" for reason in record.reasons
     )
-    return f"{where or 'unknown place'}: {shapes}{mask}{causal} [{record.pattern}] -> {outcome}"
+    return f"{where or record.target}: {shapes}{mask}{causal} [{record.pattern}] -> {outcome}"

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch_sage.inductor.hooks import members
 from torch_sage.inductor.passes import SagePass
 from torch_sage.inductor.records import META_KEY, AttentionRecord
-from torch_sage.inductor.report import GraphReport, Report
+from torch_sage.inductor.reporting import GraphReport, Report
 from torch_sage.inductor.switch import is_enabled, options
 
 
