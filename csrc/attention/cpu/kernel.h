@@ -8,8 +8,8 @@
 namespace torch_sage {
 
 // Most query rows of one call. Every call packs the keys and values that its rows see, so few rows
-// pay much packing per score: at 192 rows it is a thirtieth of the time
-// (docs/kernels/cpu.md). A multiple of every kernel's register rows (6, 4).
+// pay much packing per score: at 192 rows it is a thirtieth of the time (docs/kernels/cpu.md).
+// A multiple of every kernel's register rows (6, 4).
 constexpr int64_t kMaxBlockRows = 192;
 
 struct QueryBlock {
