@@ -1,5 +1,7 @@
 """The demo's own verdicts: each must be able to say no."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,8 +88,9 @@ def test_layer_errors_see_every_call_and_leave_its_result_exact():
 def test_a_wrong_layer_misses_the_goal(monkeypatch):
     real = torch_sage.scaled_dot_product_attention
 
-    def sabotaged(query, key, value, *, is_causal, enable_gqa, config):
-        return real(query, key, value, is_causal=False, enable_gqa=enable_gqa, config=config)
+    @functools.wraps(real)
+    def sabotaged(*args, **kwargs):
+        return real(*args, **{**kwargs, "is_causal": False})
 
     monkeypatch.setattr(torch_sage, "scaled_dot_product_attention", sabotaged)
     result = ModelResult("m", AttentionNodes((), 0), [], [], layer_errors(_attend), {})

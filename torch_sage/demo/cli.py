@@ -113,5 +113,6 @@ def _table(result: ModelResult) -> Table:
 def _keep_transformers_quiet() -> None:
     # The models come from installed packages; a look at a model hub could only time out.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # the GGUF loader's bar heeds nothing else
     transformers().utils.logging.disable_progress_bar()
     transformers().utils.logging.set_verbosity(logging.ERROR)
