@@ -179,7 +179,12 @@ def shape_problems(name: str, tensor: Tensor, expected: Sequence[Size]) -> Itera
 
 
 def sdpa_problems(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    causal: str,
+    scale: float | None,
 ) -> Iterator[str]:
     """Yield every reason why the whole op cannot run on these arguments."""
     ranks = list(rank_problems(query=query, key=key, value=value))
@@ -188,6 +193,7 @@ def sdpa_problems(
         return
     yield from (reason.message for reason in limits(query, key, value, attn_mask))
     yield from contradictions(query, key, value, attn_mask, causal)
+    yield from scale_problems(scale)
 
 
 def quantizer_problems(
@@ -226,6 +232,7 @@ def quantized_problems(
     values: tuple[Tensor, Tensor, Tensor],
     attn_mask: Tensor | None,
     causal: str,
+    scale: float | None,
 ) -> Iterator[str]:
     """Yield why ``query`` cannot attend to quantized keys and values (codes, scales, mean)."""
     ranks = list(rank_problems(query=query, key_codes=keys[0], value_codes=values[0]))
@@ -244,3 +251,4 @@ def quantized_problems(
         yield f"value_codes must have a head_dim between 1 and {MAX_HEAD_DIM}, got {dv}"
     yield from head_contradictions(hq, h)
     yield from mask_contradictions(query, m, attn_mask, causal)
+    yield from scale_problems(scale)

@@ -52,6 +52,6 @@ def _register(name: str, schema: str, original: torch._ops.OpOverload[..., Any])
 
 for _name, (_schema, _original) in ORIGINALS.items():
     _register(_name, _schema, _original)
-for _device in ("cpu", "cuda"):
-    register_autocast("exact_sdpa", _device)
-    register_autocast("exact_softmax", _device)
+register_autocast("exact_sdpa", "cpu")
+register_autocast("exact_sdpa", "cuda")
+register_autocast("exact_softmax", "cuda")  # the CPU's autocast leaves softmax as it is

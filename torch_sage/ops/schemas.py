@@ -136,12 +136,11 @@ def attention(
     output_order: str = "bhsd",
 ) -> Tensor:
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
-    del scale
     keys = (key_codes, key_scales, key_mean)
     values = (value_codes, value_scales, value_mean)
     _require(checks.recipe_problems(query.device.type, qk=qk, granularity=granularity, pv=pv))
     _require(checks.group_problems(block))
-    _require(checks.quantized_problems(query, keys, values, attn_mask, causal))
+    _require(checks.quantized_problems(query, keys, values, attn_mask, causal, scale))
     groups = key_groups(key_codes.shape[2], granularity, block)
     _require(checks.shape_problems("key_scales", key_scales, (*key_codes.shape[:2], groups)))
     return empty_output(query, value_codes.shape[3], output_order)
@@ -169,10 +168,9 @@ def sdpa(
     output_order: str = "bhsd",
 ) -> Tensor:
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
-    del scale
     recipe = {"qk": qk, "granularity": granularity, "pv": pv, "smooth": smooth}
     _require(checks.recipe_problems(query.device.type, **recipe))
-    _require(checks.sdpa_problems(query, key, value, attn_mask, causal))
+    _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
     return empty_output(query, value.shape[3], output_order)
 
 

@@ -1,0 +1,37 @@
+"""Fixtures for every test: one seed, and a compiler backend that keeps what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, whichever ran before."""
+    torch.manual_seed(0)
+
+
+class Recorder:
+    """A backend for ``torch.compile`` that runs graphs as they are and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.Graph] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[object]) -> object:
+        self.graphs.append(module.graph)
+        return module.forward
+
+    def nodes(self, target: object) -> list[torch.fx.Node]:
+        """Return the nodes of every graph that call ``target``."""
+        return [node for graph in self.graphs for node in graph.nodes if node.target is target]
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    """A fresh recorder, without compiled code of other tests."""
+    torch._dynamo.reset()
+    yield Recorder()
+    torch._dynamo.reset()
