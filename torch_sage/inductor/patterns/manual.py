@@ -126,9 +126,9 @@ def find_modified(matmul: Node, transposed: bool, last: Node) -> Weights | None:
     """Return weights that are changed after a softmax close above ``last``."""
     near = [last]
     for node in near:
-        near += [above for above in node.all_input_nodes if above not in near]
-        if len(near) > NEARBY:
+        if is_call(node, *MATMULS, *ADDED_MATMULS) or len(near) > NEARBY:
             break
+        near += [above for above in node.all_input_nodes if above not in near]
     for node in near:
         softmax = match_softmax(node)
         if softmax is not None and makes_scores(softmax.scores, last):

@@ -98,7 +98,7 @@ def climb_sum(node: Node, axes: Axes, folded: tuple[Size, Size, Size]) -> Path |
         terms.append((second, first, 1.0))
     lost = node
     for scores, bias, weight in terms:
-        if weight is None or not is_whole(scores, node) or not is_bias(bias):
+        if weight is None or not is_whole(scores, node) or not is_bias(bias) or bias is scores:
             continue
         assert isinstance(scores, Node)
         path = climb(scores, axes, folded)
@@ -162,6 +162,8 @@ def scaled_by_tensor(node: Node, axes: Axes) -> tuple[Node, list[Step]] | None:
     if is_call(node, *MULTIPLIES) and not is_whole(scores, node):
         scores, factor = factor, scores
     if not isinstance(scores, Node) or not is_whole(scores, node) or not isinstance(factor, Node):
+        return None
+    if factor is scores:
         return None
     value: Value = factor
     if is_call(node, *DIVIDES):
