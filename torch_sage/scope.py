@@ -45,6 +45,9 @@ class Scope(TorchFunctionMode):
             return self.attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self.multi_head(*args, **kwargs)
+        if func is Tensor.unflatten and torch.compiler.is_dynamo_compiling():
+            # A Python method that calls super(), which dynamo cannot trace from inside a mode.
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -76,6 +79,7 @@ def _multi_head_attention(attend: Attend, softmax: Attend) -> Callable[..., Any]
         "scaled_dot_product_attention": attend,
         "softmax": softmax,
         "has_torch_function": _none_has_torch_function,
+        "_check_key_padding_mask": _check_key_padding_mask,
     }
     # Dynamo would look names up in the module of this name, not in the copy.
     del namespace["__name__"]
@@ -84,6 +88,13 @@ def _multi_head_attention(attend: Attend, softmax: Attend) -> Callable[..., Any]
     )
     copied.__kwdefaults__ = original.__kwdefaults__
     return copied
+
+
+def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
+    """Check what torch checks, without the closures there that dynamo cannot trace."""
+    if key_padding_mask.shape[0] != bsz or key_padding_mask.shape[1] != src_len:
+        got = list(key_padding_mask.shape)
+        raise AssertionError(f"key_padding_mask must have shape [{bsz}, {src_len}], got {got}")
 
 
 def _none_has_torch_function(tensors: tuple[Any, ...]) -> bool:
