@@ -30,7 +30,7 @@ def load_error() -> BaseException | None:
     if not _PATH.is_file():
         return FileNotFoundError(f"{NOT_BUILT}: no {_PATH.name} in {_PATH.parent}")
     try:
-        torch.ops.load_library(_PATH)
+        torch.ops.load_library(_PATH)  # type: ignore[no-untyped-call]  # torch's
     except (OSError, RuntimeError) as error:
         # torch says only which file it could not load; its cause is what the loader said.
         return error.__cause__ or error
