@@ -1,8 +1,8 @@
 """How much compile time the passes take, as a share of the whole of torch.compile.
 
-Usage: python -m benchmarks.bench_compile [--layers N]. Compiles a Llama and a BERT of random weights
-with cold caches and prints, per model, the attention nodes, the seconds of compilation and the
-seconds inside the three passes. The goal is at most 2 %.
+Usage: python -m benchmarks.bench_compile [--layers N]. Compiles a Llama and a BERT of random
+weights with cold caches and prints, per model, the attention nodes, the seconds of compilation and
+the seconds inside the three passes. The goal is at most 2 %.
 """
 
 import argparse
