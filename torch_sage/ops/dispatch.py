@@ -297,8 +297,11 @@ def _limit_reasons(
 ) -> list[Reason]:
     """Return which dtypes and sizes of matrices the kernels do not take."""
     reasons = list(checks.limits(query, key, value, attn_mask))
-    if torch.is_autocast_enabled(query.device.type) and all(
-        tensor.dtype in checks.FLOAT_DTYPES for tensor in (query, key, value)
+    device, dtypes = query.device.type, (query.dtype, key.dtype, value.dtype)
+    if (
+        device in SUPPORT  # torch raises for "meta"
+        and torch.is_autocast_enabled(device)
+        and all(dtype in checks.FLOAT_DTYPES for dtype in dtypes)
     ):
         # The op's autocast rule will give them one dtype.
         reasons = [reason for reason in reasons if reason.code != ReasonCode.DTYPE_MISMATCH]
