@@ -40,10 +40,14 @@ def _register(name: str, schema: str, original: torch._ops.OpOverload[..., Any])
         with torch._C.DisableTorchFunction():
             return original(*args, **kwargs)
 
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        mapped = torch.vmap(lambda *a: original(*a, **kwargs), in_dims, 0, info.randomness)
-        result = mapped(*args)
-        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        op = getattr(torch.ops.torch_sage, name).default
+        pairs = list(zip(args, in_dims, strict=True))
+        calls = (
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs), **kwargs)
+            for i in range(info.batch_size)
+        )
+        return torch.stack(list(calls)), 0
 
     torch.library.register_fake(f"torch_sage::{name}", kernel, lib=LIBRARY)
     torch.library.register_vmap(f"torch_sage::{name}", vmap, lib=LIBRARY)
