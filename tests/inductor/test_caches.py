@@ -49,6 +49,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 def test_settings_never_share_entries_and_warm_reports_equal_cold_ones(cache):
     """Trap 2's other half: joint passes do not run on a hit, so the report must be replayed."""
     assert outcome(probe("off", cache)) == "miss"
@@ -77,6 +78,7 @@ def test_settings_never_share_entries_and_warm_reports_equal_cold_ones(cache):
     assert off["report"]["graphs"] == []
 
 
+@pytest.mark.slow
 def test_options_and_enable_share_entries(cache):
     """They do the same to the graph."""
     probe("on", cache)
@@ -85,6 +87,7 @@ def test_options_and_enable_share_entries(cache):
     assert warm["report"]["rewritten"] == 3
 
 
+@pytest.mark.slow
 def test_foreign_passes_keep_their_cacheability(cache):
     assert outcome(probe("foreign", cache)) == "miss"
     warm = probe("foreign", cache)
