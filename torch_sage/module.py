@@ -159,6 +159,10 @@ def apply_(
         ValueError: if a rule matches no module.
         re.error: if a pattern is not a regular expression.
     """
+    scopes = {
+        key: EXACT if config is None else sage_scope(as_config(config))
+        for key, config in rules.items()
+    }
     patterns = {key: re.compile(key[3:]) for key in rules if key.startswith("re:")}
     model_ = getattr(model, "_orig_mod", model)
     chosen: dict[str, str] = {}
@@ -173,9 +177,7 @@ def apply_(
     if unused:
         raise ValueError(f"rules must each match a module, got no match for {list(unused)}")
     for name, key in chosen.items():
-        config = rules[key]
-        scope = EXACT if config is None else sage_scope(as_config(config))
-        _scope_module(model_.get_submodule(name), scope)
+        _scope_module(model_.get_submodule(name), scopes[key])
     return model
 
 
