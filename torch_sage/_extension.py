@@ -73,3 +73,9 @@ def build_info() -> dict[str, str]:
     describe.restype = ctypes.c_char_p
     text: bytes = describe()
     return dict(line.split("=", 1) for line in text.decode().splitlines())
+
+
+@cache
+def cpu_isa() -> str:
+    """Return the instruction set of the CPU kernels in use; "none" where no library is loaded."""
+    return build_info()["cpu_isa"] if is_available() else "none"

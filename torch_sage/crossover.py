@@ -8,6 +8,7 @@ shows the measurements behind them.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -21,14 +22,16 @@ class Crossover(NamedTuple):
     """Multiplications of one call, those a causal mask saves included: SDPA hardly saves them."""
 
 
-# CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13.
+# CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
+# without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
 CROSSOVER: dict[str, Crossover] = {
     "cpu": Crossover(reuse=64, multiplications=9.4e6),
+    "cpu.portable": Crossover(reuse=math.inf, multiplications=math.inf),
 }
 
 
 def prefers_exact(
-    device_type: str,
+    kernel: str,
     *,
     batch: int,
     heads_q: int,
@@ -40,9 +43,9 @@ def prefers_exact(
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    A device without measurements never prefers it.
+    ``kernel`` is a key of ``CROSSOVER``; without measurements exact SDPA is never preferred.
     """
-    crossover = CROSSOVER.get(device_type)
+    crossover = CROSSOVER.get(kernel)
     if crossover is None:
         return False
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)

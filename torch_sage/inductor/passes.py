@@ -76,6 +76,7 @@ class SagePass(CustomGraphPass):
             self.stage,
             source_hash(),
             _extension.kernel_version(),
+            _extension.cpu_isa(),
             None if config is None else config.cache_key(),
             torch.__version__,
         )

@@ -34,6 +34,7 @@ __all__ = ["Reason", "ReasonCode", "as_matrices", "causal_of", "is_plain", "vali
 
 # Asked once, here: dynamo would trace the question, down to the look for a file.
 MISSING_LIBRARY = _extension.unavailable_reason()
+_CPU_KERNEL = "cpu.portable" if _extension.cpu_isa() == "portable" else "cpu"
 
 
 def why_not(
@@ -316,8 +317,9 @@ def _limit_reasons(
 def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
     batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
+    device = query.device.type
     return prefers_exact(
-        query.device.type,
+        _CPU_KERNEL if device == "cpu" else device,
         batch=batch,
         heads_q=heads_q,
         heads_kv=_hint(key.shape[1]),
