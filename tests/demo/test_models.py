@@ -91,7 +91,7 @@ def test_prediction_losses_are_those_of_the_next_id():
 def test_smollm2_reads_english_and_its_quality_can_be_missed():
     """A language model without its weights has a perplexity near its vocabulary's size, 49152."""
     model = models.load("smollm2", quick=True)
-    model._windows = torch.split(model._windows[0], 256, dim=1)
+    model._windows = torch.split(model._windows[0][:, :768], 256, dim=1)
     states = {
         workload.name: model.parts["model"](ids)
         for workload, ids in zip(model.workloads, model._windows, strict=True)

@@ -108,7 +108,7 @@ def measure(model: DemoModel, seconds: float, progress: Progress) -> ModelResult
 
         timed = [workload for workload in model.workloads if workload.timed]
         progress("torch.compile")
-        sdpa = {name: torch.compile(part, dynamic=False) for name, part in model.parts.items()}
+        sdpa = model.compile(dynamic=False)
         start = time.perf_counter()
         for workload in timed:
             workload.call(sdpa)
@@ -116,10 +116,7 @@ def measure(model: DemoModel, seconds: float, progress: Progress) -> ModelResult
 
         progress("torch.compile with torch_sage")
         before = report()
-        sage = {
-            name: torch.compile(part, dynamic=False, options=torch_sage.options())
-            for name, part in model.parts.items()
-        }
+        sage = model.compile(dynamic=False, options=torch_sage.options())
         start = time.perf_counter()
         outputs = run(model, sage)
         first_call_seconds["torch_sage"] = time.perf_counter() - start

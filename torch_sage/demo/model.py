@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 Forwards = Mapping[str, Callable[..., Any]]
@@ -45,6 +46,10 @@ class DemoModel(ABC):
 
     attention_nodes: int
     """How many attention nodes at least must be rewritten, in all compiled graphs together."""
+
+    def compile(self, **settings: Any) -> Forwards:
+        """Return the parts, each compiled by ``torch.compile`` with ``settings``."""
+        return {name: torch.compile(part, **settings) for name, part in self.parts.items()}
 
     @abstractmethod
     def probe(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sage.demo.inputs import prose
-from torch_sage.demo.model import DemoModel, Goal, Workload, transformers
+from torch_sage.demo.model import DemoModel, Forwards, Goal, Workload, transformers
 from torch_sage.demo.packages import SMOLLM2
 
 PERPLEXITY_TOLERANCE = 1e-3
@@ -20,7 +21,7 @@ _LAYERS = 30
 # would test luck, since .05 / sqrt(10,235) is .05 % of the perplexity.
 _WINDOWS = 5
 _LENGTH = 2048
-_QUICK_WINDOWS = 4
+_QUICK_WINDOWS = 3
 _QUICK_LENGTH = 1024
 _PROBE_LENGTH = 1024
 
@@ -53,13 +54,25 @@ def prediction_losses(states: Tensor, ids: Tensor, head: nn.Module, rows: int = 
     return torch.cat(losses).double()
 
 
+def compile_layers(backbone: nn.Module, **settings: Any) -> nn.Module:
+    """Return the backbone with each layer compiled on its own; ``backbone`` stays as it is.
+
+    The layers are alike and share one graph, which compiles in a tenth of the whole model's time.
+    """
+    regional = copy.copy(backbone)
+    regional._modules = dict(backbone._modules)
+    layers: Any = backbone.get_submodule("layers").children()
+    regional.layers = nn.ModuleList([torch.compile(layer, **settings) for layer in layers])
+    return regional
+
+
 class SmolLM2(DemoModel):
     """A 30-layer Llama with 9 query and 3 key/value heads, reading the Python reference."""
 
     title = "SmolLM2-135M"
 
     def __init__(self, quick: bool) -> None:
-        """Load the model; ``quick`` reads less text in shorter windows."""
+        """Load the model; ``quick`` reads less text and compiles one layer for all."""
         path = SMOLLM2.path()
         source: dict[str, Any] = {
             "pretrained_model_name_or_path": path.parent,
@@ -75,8 +88,10 @@ class SmolLM2(DemoModel):
         )
         self._head = model.lm_head
         self._ids: Tensor = tokenizer(prose(), return_tensors="pt").input_ids
-        self.parts = {"model": Prefill(model.model)}
-        self.attention_nodes = _LAYERS
+        self._backbone = model.model
+        self.parts = {"model": Prefill(self._backbone)}
+        self._by_layer = quick
+        self.attention_nodes = 1 if quick else _LAYERS
         length = _QUICK_LENGTH if quick else _LENGTH
         count = _QUICK_WINDOWS if quick else _WINDOWS
         self._windows = torch.split(self._ids[:, : count * length], length, dim=1)
@@ -92,6 +107,12 @@ class SmolLM2(DemoModel):
             timed=number == 0,
             must_be_faster=length == _LENGTH,
         )
+
+    def compile(self, **settings: Any) -> Forwards:
+        """Compile the model as one graph, or, to be quick, layer by layer."""
+        if not self._by_layer:
+            return super().compile(**settings)
+        return {"model": Prefill(compile_layers(self._backbone, **settings))}
 
     def probe(self) -> None:
         """Read a shorter prompt: exact attention in fp64 takes a second a layer at full length."""
