@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch_sage.demo import models
 from torch_sage.demo.inputs import photographs, prose, speech, zen
 from torch_sage.demo.measure import run
-from torch_sage.demo.models.smollm2 import prediction_losses
+from torch_sage.demo.models.smollm2 import compile_layers, prediction_losses
 
 BECKETT = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
 
@@ -85,6 +85,25 @@ def test_prediction_losses_are_those_of_the_next_id():
     head = torch.nn.Linear(4, 7, bias=False)
     whole = F.cross_entropy(head(states[0, :-1]), ids[0, 1:], reduction="none").double()
     torch.testing.assert_close(prediction_losses(states, ids, head, rows=3), whole)
+
+
+def test_compile_layers_leaves_the_model_alone(recorder):
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    stack = Stack()
+    kept = list(stack.layers)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(compile_layers(stack, backend=recorder)(x), stack(x))
+    assert len(recorder.graphs) == 1
+    assert list(stack.layers) == kept
 
 
 @pytest.mark.slow

@@ -61,8 +61,10 @@ def compile_layers(backbone: nn.Module, **settings: Any) -> nn.Module:
     """
     regional = copy.copy(backbone)
     regional._modules = dict(backbone._modules)
-    layers: Any = backbone.get_submodule("layers").children()
-    regional.layers = nn.ModuleList([torch.compile(layer, **settings) for layer in layers])
+    regional.layers = nn.ModuleList()
+    for layer in backbone.get_submodule("layers").children():
+        compiled: Any = torch.compile(layer, **settings)
+        regional.layers.append(compiled)
     return regional
 
 
