@@ -193,7 +193,7 @@ BAD_SDPA: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "qk": ((q_(*S),) * 3, {"qk": "int4"}, "qk must be one of ['int8'] on cpu, got 'int4'"),
     "granularity": ((q_(*S),) * 3, {"granularity": "row"}, "granularity must be one of ['token'"),
     "pv": ((q_(*S),) * 3, {"pv": "fp16"}, "pv must be one of ['bf16'] on cpu, got 'fp16'"),
-    "smooth": ((q_(*S),) * 3, {"smooth": "vk"}, "smooth must be one of ['', 'k', 'v', 'kv']"),
+    "smooth": ((q_(*S),) * 3, {"smooth": "vk"}, "smooth must be one of ['', 'k', 'v', 'kv'"),
 }
 
 
