@@ -205,7 +205,10 @@ CASES: list[AttentionCase] = [
     *(
         AttentionCase(granularity=granularity, smooth=smooth, dtype=dtype)
         for granularity in ("token", "thread", "warp", "block", "tensor")
-        for smooth, dtype in (("k", "bf16"), ("", "fp32"), ("v", "fp16"), ("kv", "fp32"))
+        for smooth, dtype in (
+            ("k", "bf16"), ("", "fp32"), ("v", "fp16"), ("kv", "fp32"),
+            ("q", "fp32"), ("qk", "bf16"), ("qk", "fp32"), ("qkv", "fp16"),
+        )
     ),
     *(
         AttentionCase(causal=causal, seqlen_q=n, seqlen_k=m, dtype=dtype)
@@ -263,7 +266,7 @@ CASES: list[AttentionCase] = [
             ("zero", "fp32"), ("subnormal", "fp32"), ("subnormal", "bf16"), ("tiny_half", "fp16"),
             ("largest_half", "fp16"),
         )
-        for smooth in ("k", "kv")
+        for smooth in ("k", "kv", "qk")
     ),
     *(
         AttentionCase(data=data, granularity=granularity, causal="top_left", seqlen_k=140)

@@ -45,7 +45,7 @@ def test_allows_agrees_with_the_ops_own_check(device: str, preset: str) -> None:
 def test_fields_override_the_default_one_by_one() -> None:
     default = SUPPORT["cpu"].default
     assert resolve(SageConfig(granularity="warp"), "cpu").granularity == "warp"
-    assert resolve(SageConfig(smooth_k=False), "cpu").smooth == ""
+    assert resolve(SageConfig(smooth_k=False), "cpu").smooth == "q"
     assert resolve(SageConfig(smooth_v=True), "cpu").smooth == default.smooth + "v"
     assert resolve(SageConfig(smooth_q=True, smooth_v=True), "cpu").smooth == "qkv"
     assert resolve(SageConfig(pv="half"), "cpu").pv == "bf16"

@@ -121,7 +121,7 @@ def test_cosine_is_taken_per_head() -> None:
     assert_cosine(oracle.float(), oracle)
     with pytest.raises(AssertionError, match="cosine"):
         assert_cosine(wrong.float(), oracle)
-    zero = torch.zeros(1, 1, 2, 2)
+    zero = torch.zeros(1, 1, 8, 8)
     assert_cosine(zero, zero.double())
     with pytest.raises(AssertionError, match="cosine"):
         assert_cosine(zero, zero.double() + 1)

@@ -34,7 +34,8 @@ class SageConfig:
     in fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++)."""
 
     smooth_q: bool | None = None
-    """Subtract the mean of every 128 query rows before quantization (INT4 recipes)."""
+    """Subtract a mean of query rows before quantization and add its exact scores: the mean of a
+    head on CPU, of every 128 rows in INT4 recipes."""
 
     smooth_k: bool | None = None
     """Subtract the token mean of K before quantization; in exact arithmetic, no change."""
@@ -87,12 +88,16 @@ class SageConfig:
 
 PRESETS: dict[str, SageConfig] = {
     "auto": SageConfig(),
-    "sage1": SageConfig(qk="int8", granularity="block", pv="half", smooth_k=True),
-    "sage2_8b": SageConfig(qk="int8", granularity="thread", pv="e4m3", smooth_k=True),
+    "sage1": SageConfig(qk="int8", granularity="block", pv="half", smooth_q=False, smooth_k=True),
+    "sage2_8b": SageConfig(
+        qk="int8", granularity="thread", pv="e4m3", smooth_q=False, smooth_k=True
+    ),
     "sage2_4b": SageConfig(
         qk="int4", granularity="thread", pv="e4m3", smooth_q=True, smooth_k=True
     ),
-    "sage2pp_8b": SageConfig(qk="int8", granularity="thread", pv="e4m3_fp16", smooth_k=True),
+    "sage2pp_8b": SageConfig(
+        qk="int8", granularity="thread", pv="e4m3_fp16", smooth_q=False, smooth_k=True
+    ),
     "sage2pp_4b": SageConfig(
         qk="int4", granularity="thread", pv="e4m3_fp16", smooth_q=True, smooth_k=True
     ),

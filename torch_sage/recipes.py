@@ -31,7 +31,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Readable name, such as ``int8.token/bf16/smooth-k``."""
+        """Readable name, such as ``int8.token/bf16/smooth-qk``."""
         return f"{self.qk}.{self.granularity}/{self.pv}/smooth-{self.smooth or 'none'}"
 
     def op_kwargs(self) -> dict[str, str]:
@@ -66,14 +66,15 @@ class Support(NamedTuple):
 
 # CPU: per-token scales cost one multiplication per 16 scores there and halve the INT8 error of
 # per-block ones on N(0,1) (algorithm.md 3.3: .0093 against .0131); bf16 is the only 16-bit dot
-# product of x86, and unlike 8-bit P it keeps the tail behind an attention sink.
+# product of x86, and unlike 8-bit P it keeps the tail behind an attention sink. Q is smoothed by
+# one mean per head: on SmolLM2's own q, k, v the worst layer's cosine is .99987, .99943 without.
 SUPPORT: dict[str, Support] = {
     "cpu": Support(
-        default=Recipe("int8", "token", "bf16", "k"),
+        default=Recipe("int8", "token", "bf16", "qk"),
         qk=("int8",),
         granularity=GRANULARITIES,
         pv=("bf16",),
-        smooth=("", "k", "v", "kv"),
+        smooth=("", "k", "v", "kv", "q", "qk", "qv", "qkv"),
         half="bf16",
     ),
 }

@@ -14,6 +14,8 @@
 namespace torch_sage {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 using torch::headeronly::ScalarType;
 
 ScalarType scalar_type(Dtype dtype) {
@@ -46,6 +48,8 @@ struct Keys {
   const float* row_scales;  // [b, h, m]
   const float* mean;        // [b, h, d]; null where none was subtracted
   int64_t heads, rows;
+  const float* query_mean;  // [b, h_q, d] to subtract from the queries; null: none
+  const float* score_bias;  // [b, h_q, m] what that takes from the base-2 scores; null: nothing
 };
 
 struct Values {
@@ -96,6 +100,19 @@ Request read_request(const std::optional<Tensor>& attn_mask, const Text& causal,
   return request;
 }
 
+double softmax_scale(const FloatOperand& q, const Request& request) {
+  return request.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.columns)));
+}
+
+// Any vector may be subtracted from the queries of a head. Where a row is not finite, the others
+// must not suffer from it: such a channel keeps its values.
+void query_token_mean(const FloatOperand& q, float* mean) {
+  token_mean(q, mean);
+  for (int64_t i = 0; i < q.batch * q.heads * q.columns; ++i) {
+    if (!std::isfinite(mean[i])) mean[i] = 0.0f;
+  }
+}
+
 Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
               Granularity granularity, const Request& request) {
   CpuAttentionParams params{};
@@ -111,14 +128,15 @@ Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
   params.value = values.codes;
   params.value_scales = values.scales;
   params.value_mean = values.mean;
+  params.score_bias = keys.score_bias;
   params.causal = request.causal;
-  const double scale = request.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.columns)));
+  const double scale = softmax_scale(q, request);
   params.scale = static_cast<float>(scale);
 
   const Scratch<int8_t> codes({q.batch, q.heads, q.rows, params.row_bytes});
   const Scratch<float> scales({q.batch, q.heads, q.rows});
   const Groups groups = query_groups(granularity, q.rows, kQueryBlock, kQueryWarp);
-  quantize_rows(q, nullptr, groups, {codes.get(), params.row_bytes, nullptr, scales.get()});
+  quantize_rows(q, keys.query_mean, groups, {codes.get(), params.row_bytes, nullptr, scales.get()});
   params.query_codes = codes.get();
   params.query_scales = scales.get();
 
@@ -178,10 +196,21 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   const Scratch<int8_t> key_codes({k.batch, k.heads, k.rows, bytes});
   const Scratch<float> key_scales({k.batch, k.heads, k.rows});
   if (smooth.key) token_mean(k, key_mean.get());
-  const Keys keys{key_codes.get(), key_scales.get(), smooth.key ? key_mean.get() : nullptr, k.heads,
-                  k.rows};
+  Keys keys{key_codes.get(), key_scales.get(), smooth.key ? key_mean.get() : nullptr,
+            k.heads,         k.rows,           nullptr,
+            nullptr};
   quantize_rows(k, keys.mean, key_groups(granularity, k.rows, kKeyBlock),
                 {key_codes.get(), bytes, nullptr, key_scales.get()});
+
+  const Scratch<float> query_mean({q.batch, q.heads, q.columns});
+  const Scratch<float> score_bias({q.batch, q.heads, k.rows});
+  if (smooth.query) {
+    query_token_mean(q, query_mean.get());
+    dot_query_mean(k, keys.mean, query_mean.get(), q.heads, softmax_scale(q, request) * kLog2E,
+                   score_bias.get());
+    keys.query_mean = query_mean.get();
+    keys.score_bias = score_bias.get();
+  }
 
   const int64_t channels = v.batch * v.heads * v.columns;
   const Scratch<uint16_t> value_codes({v.batch, v.heads, v.rows, v.columns});
@@ -231,7 +260,12 @@ Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tens
     expand_scales(fp32(scales), groups, k.batch * k.heads, k.rows, row_scales->get());
   }
   const Keys keys{padded ? padded->get() : reinterpret_cast<const int8_t*>(k.data),
-                  row_scales ? row_scales->get() : fp32(scales), fp32(mean), k.heads, k.rows};
+                  row_scales ? row_scales->get() : fp32(scales),
+                  fp32(mean),
+                  k.heads,
+                  k.rows,
+                  nullptr,
+                  nullptr};
   const Values values{static_cast<const uint16_t*>(dense_value.const_data_ptr()), fp32(v_scales),
                       fp32(v_mean), v.columns};
   return attend(q, keys, values, granularity, request);

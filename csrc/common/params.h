@@ -27,6 +27,7 @@ struct CpuAttentionParams {
   const uint16_t* value;      // [b, h_kv, m, d_v] bf16 bits, finite (poisoned channels hold 0)
   const float* value_scales;  // [b, h_kv, d_v]: 1, or NaN where the channel is poisoned
   const float* value_mean;    // [b, h_kv, d_v], added to every row that attends to a key
+  const float* score_bias;    // [b, h_q, m] added to base-2 scores; may be null: none
   const float* lse_shift;     // [b, h_q, n]: scale * (query . key_mean); may be null: no shift
 
   MaskKind mask_kind;

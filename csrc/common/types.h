@@ -17,6 +17,7 @@ enum class Granularity { kToken, kThread, kWarp, kBlock, kTensor };
 enum class OutputOrder { kBhsd, kBshd };
 
 struct Smooth {
+  bool query;
   bool key;
   bool value;
 };
@@ -31,8 +32,14 @@ inline constexpr Names<Granularity, 5> kGranularities = {{{"token", Granularity:
                                                           {"warp", Granularity::kWarp},
                                                           {"block", Granularity::kBlock},
                                                           {"tensor", Granularity::kTensor}}};
-inline constexpr Names<Smooth, 4> kSmoothing = {
-    {{"", {false, false}}, {"k", {true, false}}, {"v", {false, true}}, {"kv", {true, true}}}};
+inline constexpr Names<Smooth, 8> kSmoothing = {{{"", {false, false, false}},
+                                                 {"k", {false, true, false}},
+                                                 {"v", {false, false, true}},
+                                                 {"kv", {false, true, true}},
+                                                 {"q", {true, false, false}},
+                                                 {"qk", {true, true, false}},
+                                                 {"qv", {true, false, true}},
+                                                 {"qkv", {true, true, true}}}};
 inline constexpr Names<Causal, 3> kCausal = {{{"none", Causal::kNone},
                                               {"top_left", Causal::kTopLeft},
                                               {"bottom_right", Causal::kBottomRight}}};

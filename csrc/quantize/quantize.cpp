@@ -177,6 +177,28 @@ void round_values(const FloatOperand& value, const float* mean, uint16_t* codes,
   }
 }
 
+void dot_query_mean(const FloatOperand& key, const float* key_mean, const float* query_mean,
+                    int64_t heads_q, double scale, float* bias) {
+  const int64_t queries_per_key = heads_q / std::max<int64_t>(key.heads, 1);
+  const RowKernels& kernels = row_kernels();
+  const auto dot = [&](int64_t b, int64_t h, int64_t, int64_t first, int64_t rows) {
+    for (int64_t head = h * queries_per_key; head < (h + 1) * queries_per_key; ++head) {
+      const float* mean = query_mean + (b * heads_q + head) * key.columns;
+      float* out = bias + (b * heads_q + head) * key.rows + first;
+      kernels.dot_rows(key.block(b, h, first, rows), mean, scale, out);
+      if (key_mean == nullptr) continue;
+      double constant = 0.0;
+      for (int64_t c = 0; c < key.columns; ++c) {
+        constant += static_cast<double>(mean[c]) * key_mean[(b * key.heads + h) * key.columns + c];
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        out[row] = static_cast<float>(out[row] - scale * constant);
+      }
+    }
+  };
+  for_each_task(key, kTaskRows, dot);
+}
+
 void dot_key_mean(const FloatOperand& query, const float* key_mean, int64_t heads_kv, double scale,
                   float* out) {
   const int64_t queries_per_key = query.heads / std::max<int64_t>(heads_kv, 1);

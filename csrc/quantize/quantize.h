@@ -23,6 +23,11 @@ Groups key_groups(Granularity granularity, int64_t rows, int64_t block);
 // mean[b, h, c] over the rows (E1), 0 without rows. The same bits for any number of threads.
 void token_mean(const FloatOperand& x, float* mean);
 
+// bias[b, h_q, m] = scale * (key row m - key_mean) . query_mean of the query head (E3); key_mean
+// may be null. Without its constant part, fp32 is enough.
+void dot_query_mean(const FloatOperand& key, const float* key_mean, const float* query_mean,
+                    int64_t heads_q, double scale, float* bias);
+
 // Codes and scales of every row; mean [b, h, c] may be null, and so may each kind of scales:
 // group_scales [b, h, groups.scales(rows)], row_scales [b, h, rows].
 void quantize_rows(const FloatOperand& x, const float* mean, const Groups& groups,

@@ -25,7 +25,7 @@ TEXTS = {
     "qk": ("int8",),
     "granularity": GRANULARITIES,
     "pv": ("bf16",),
-    "smooth": ("", "k", "v", "kv"),
+    "smooth": ("", "k", "v", "kv", "q", "qk", "qv", "qkv"),
     "output_order": ("bhsd", "bshd"),
 }
 INTEGERS = (-(2**63), -8, -1, 0, 1, 7, 8, 12, 16, 24, 64, 128, 4096, 2**52, 2**63 - 8)

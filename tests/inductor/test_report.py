@@ -18,7 +18,7 @@ import torch_sage
 from tests.inductor.graphs import ALWAYS
 from torch_sage.inductor.records import AttentionRecord
 
-RECIPE = "int8.token/bf16/smooth-k"
+RECIPE = "int8.token/bf16/smooth-qk"
 
 
 class Attention(torch.nn.Module):

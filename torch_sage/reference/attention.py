@@ -40,6 +40,7 @@ class _Tile(NamedTuple):
     block_q: int
     block_k: int
     warp: int
+    smooth_block: int
 
 
 class _Operands(NamedTuple):
@@ -76,6 +77,7 @@ def attention(
     block_k: int = 64,
     warp: int = 32,
     tile: int | None = None,
+    smooth_block: int | None = None,
     precision: str = "recipe",
     key_mean: Tensor | None = None,
     value_mean: Tensor | None = None,
@@ -108,6 +110,8 @@ def attention(
         warp: query rows that belong to one warp.
         tile: keys per step of the online softmax, ``block_k`` by default. P is rounded relative to
             the largest score so far, so another tile gives another rounding of the same size.
+        smooth_block: query rows that share a mean where Q is smoothed, ``block_q`` by default; the
+            CPU kernels take all rows of a head.
         precision: "recipe" or "exact".
         key_mean: fp32 [B, Hkv, D] to smooth K with, instead of its own mean.
         value_mean: fp32 [B, Hkv, Dv] to smooth V with, instead of its own mean.
@@ -132,7 +136,7 @@ def attention(
         (query, key, value),
         (key_mean, value_mean),
         Recipe(qk, granularity, pv, smooth),
-        _Tile(block_q, block_k, warp),
+        _Tile(block_q, block_k, warp, smooth_block or block_q),
         query.shape[-1] ** -0.5 if scale is None else scale,
         visible,
         value_max,
@@ -262,7 +266,7 @@ def _quantize(
     sign = -1.0 if scale < 0 else 1.0
     q_input, correction = query.float(), None
     if "q" in smooth:
-        q_input, q_mean = smooth_query(query, tile.block_q)
+        q_input, q_mean = smooth_query(query, tile.smooth_block)
         smoothed_key = per_query_head(key.float() - k_mean[..., None, :])
         correction = sign * (q_mean.double() @ smoothed_key.mT.double())
     q_codes, q_scales = quantize_query(q_input, block=tile.block_q, warp=tile.warp, **rows)

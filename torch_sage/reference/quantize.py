@@ -175,11 +175,14 @@ def quantize_value(
 def smooth_query(query: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     """Return Q minus the mean of each tile of ``block`` rows (E2), and that mean of every row.
 
-    Both are fp32 [B, Hq, N, D]; only valid rows take part in the mean of the last tile.
+    Both are fp32 [B, Hq, N, D]; only valid rows take part in the mean of the last tile. Any vector
+    may be subtracted (E3), so a channel whose mean is not finite keeps its values: one bad row does
+    not poison the others of its tile.
     """
     tiles = torch.split(query.float(), block, dim=-2)
     mean = [t.double().mean(-2, keepdim=True).float().expand_as(t) for t in tiles if t.numel()]
     means = torch.cat(mean, dim=-2) if mean else query.float()
+    means = torch.where(means.isfinite(), means, 0.0)
     return query.float() - means, means
 
 

@@ -81,6 +81,7 @@ class BlockAttention {
     take(keys_, kBlockKeys * steps_);
     take(key_rows_, kLanes * round_up(steps_, kLanes));
     take(key_scales_, kBlockKeys);
+    take(score_bias_, kBlockKeys);
     take(values_, kBlockKeys / Isa::kPair * channels_);
     take(bias_, kBlockKeys);
     take(scores_, kRows * kBlockKeys);
@@ -163,6 +164,11 @@ class BlockAttention {
     }
     std::memcpy(key_scales_, p_.key_scales + first, keys * sizeof(float));
     for (int64_t key = keys; key < padded; ++key) key_scales_[key] = 0.0f;
+    const int64_t head = block_.batch * p_.heads_q + block_.head;
+    for (int64_t key = 0; key < padded; ++key) {
+      const bool is_biased = p_.score_bias != nullptr && key < keys;
+      score_bias_[key] = is_biased ? p_.score_bias[head * p_.seqlen_k + first_key_ + key] : 0.0f;
+    }
   }
 
   // Channels are zero-padded to whole vectors, keys to whole words.
@@ -232,11 +238,12 @@ class BlockAttention {
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) {
       const Float key_scale = Isa::load(key_scales_ + key + c * kLanes);
+      const Float bias = Isa::load(score_bias_ + key + c * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kCount; ++r) {
         const Float factor = Isa::mul(Isa::splat(query_factor_[row + r]), key_scale);
         Isa::store(scores_ + r * kBlockKeys + key + c * kLanes,
-                   Isa::mul(Isa::to_float(acc[r][c]), factor));
+                   Isa::add(Isa::mul(Isa::to_float(acc[r][c]), factor), bias));
       }
     }
   }
@@ -377,6 +384,7 @@ class BlockAttention {
   uint32_t* keys_ = nullptr;           // [key / kColumns, step, kColumns]
   uint32_t* key_rows_ = nullptr;       // [lane, step] before the transposition
   float* key_scales_ = nullptr;        // [key]
+  float* score_bias_ = nullptr;        // [key] of the base-2 scores
   uint32_t* values_ = nullptr;         // [key / kPair, channel]
   float* bias_ = nullptr;              // [key]
   float* scores_ = nullptr;            // [kRows, key]
