@@ -135,13 +135,6 @@ MASKED = {
         lambda: (keep_mask(B, 1, N, M),),
         ((B, 1, N, M), True),
     ),
-    "math_backend_causal": (
-        lambda q, k, v: torch.ops.aten._scaled_dot_product_attention_math(q, k, v, is_causal=True)[
-            0
-        ],
-        lambda: (),
-        ((1, 1, N, M), True),
-    ),
     "folded_scores": (
         lambda q, k, v, b: torch.bmm(
             (torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(B, H, N, M) + b)
@@ -178,6 +171,12 @@ def test_masked_form(form):
         assert mask is None
     else:
         assert (shape(mask), mask.meta["val"].dtype is torch.bool) == expected
+
+
+def test_causal_mask_of_the_math_backend():
+    """It is computed of no input, so the pass can prove what it says."""
+    node = rewritten(lambda q, k, v: math_sdpa(q, k, v, is_causal=True), *qkv())
+    assert node.args[3:5] == (None, "top_left")
 
 
 @pytest.mark.parametrize(

@@ -130,12 +130,12 @@ def arrange_key_value(
     keys: list[Source], values: list[Source], key: Sequence[Extent], value: Sequence[Extent]
 ) -> tuple[Operand, Operand] | None:
     """Return K and V with as few heads as both allow, from the furthest sources."""
-    values_by_depth = [arrange(s, value, group_heads=True) for s in reversed(values)]
-    for source in reversed(keys):
-        k = arrange(source, key, group_heads=True)
+    for key_source in reversed(keys):
+        k = arrange(key_source, key, group_heads=True)
         if k is None:
             continue
-        for v in values_by_depth:
+        for value_source in reversed(values):
+            v = arrange(value_source, value, group_heads=True)
             if v is not None and same(k.heads.size, v.heads.size):
                 return k, v
     return None

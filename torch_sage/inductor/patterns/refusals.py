@@ -26,3 +26,12 @@ MASK_FILL = Reason("mask_fill", "Masked scores must be replaced by a constant of
 MASK_LAYOUT = Reason(
     "mask_layout", "The mask or an operand does not split into batch and heads as the scores do."
 )
+
+
+class Unsupported(Exception):
+    """Attention that cannot be expressed; carries the reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        """Keep ``reason``."""
+        super().__init__(reason.message)
+        self.reason = reason
