@@ -100,9 +100,13 @@ def shape(node):
 
 
 def qkv(dtype=torch.float32, kv_heads=H, batch=B):
-    """Return q, k, v as [batch, heads, tokens, head_dim]."""
+    """Return q, k, v as [batch, heads, tokens, head_dim].
+
+    The query is halved, so that forms without a scale stay near the N(0, 1) scores of REL_L1.
+    """
     shapes = ((batch, H, N, D), (batch, kv_heads, M, D), (batch, kv_heads, M, D))
-    return tuple(torch.randn(s, dtype=dtype) for s in shapes)
+    q, k, v = (torch.randn(s, dtype=dtype) for s in shapes)
+    return q / 2, k, v
 
 
 def token_major():
