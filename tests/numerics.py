@@ -5,7 +5,11 @@ operands in fp64; R_low the oracle with the recipe's roundings. Every maximum ru
 64-row block): one maximum over a causal output would be owned by its first rows.
 
     budget(exact, naive) = 2 * (max|naive - exact| + eps(out.dtype) * max(max|exact|, tiny)
-                                + eps(fp32) * max|value|)
+                                + eps(fp32) * terms)
+
+where terms are the largest numbers that may cancel in an fp32 sum: max|value| for the output, and
+|scale| * max|query row| * max|key row| for the lse, whose parts smoothing sets apart.
+
     implementation   max|kernel - R64| <= budget(R64, R_low)    did we compute what we specified?
     accuracy         max|kernel - S64| <= budget(S64, R_low)    is what we specified good enough?
 """
@@ -41,7 +45,8 @@ class Expected(NamedTuple):
     exact: AttentionOutput  # S64
     oracle: AttentionOutput  # R64
     naive: AttentionOutput  # R_low
-    accumulation: Tensor  # [B, Hq, 1]: rounding of fp32 sums whose terms cancel
+    output_rounding: Tensor  # [B, Hq, 1]: eps(fp32) * terms
+    lse_rounding: Tensor  # [B, Hq, 1]: eps(fp32) * terms, and the error of 2**x
 
 
 def exact_attention(
@@ -85,11 +90,22 @@ def expect(query: Tensor, key: Tensor, value: Tensor, *semantics: Any, **recipe:
         other = reference.attention(*inputs, **recipe, exp2_error=error).output
         is_worse = (other - high.output).abs() > (low.output - high.output).abs()
         low = low._replace(output=torch.where(is_worse, other, low.output))
-    largest = torch.where(value.isfinite(), value, 0).double().abs().flatten(2)
-    largest = largest.amax(-1) if largest.shape[-1] else largest.sum(-1)
-    largest = largest.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[..., None]
-    accumulation = torch.finfo(torch.float32).eps * largest
-    return Expected(exact_attention(query, key, value, *semantics), high, low, accumulation)
+    low_bits = torch.finfo(torch.float32).eps
+    group = query.shape[1] // key.shape[1]
+    largest_value, largest_key = (
+        _largest(x).repeat_interleave(group, dim=1) for x in (value.flatten(2)[..., None], key)
+    )
+    given = semantics[2] if len(semantics) > 2 else None
+    scale = key.shape[-1] ** -0.5 if given is None else given
+    terms = abs(scale) * _largest(query) * largest_key
+    exact = exact_attention(query, key, value, *semantics)
+    return Expected(exact, high, low, low_bits * largest_value, low_bits * terms + EXP2_ERROR)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return the largest norm among the finite rows of x [B, H, N, D], as [B, H, 1]."""
+    norms = torch.where(x.isfinite(), x, 0).double().norm(dim=-1)
+    return norms.amax(-1, keepdim=True) if norms.shape[-1] else norms.sum(-1, keepdim=True)
 
 
 def block_max(x: Tensor) -> Tensor:
@@ -123,7 +139,7 @@ def budget_use(
 def output_budget_use(actual: Tensor, expected: Expected) -> float:
     """Return the largest share of the implementation budget that an output takes."""
     oracle, naive = expected.oracle.output, expected.naive.output
-    return budget_use(actual, oracle, naive, expected.accumulation)
+    return budget_use(actual, oracle, naive, expected.output_rounding)
 
 
 def assert_same_special_values(actual: Tensor, oracle: Tensor) -> None:
@@ -170,9 +186,9 @@ def assert_within_budget(actual: Tensor, expected: Expected, *, lse: Tensor | No
     if lse is not None:
         assert lse.dtype == torch.float32
         assert_same_special_values(lse, expected.oracle.lse)
-        used = budget_use(lse, expected.oracle.lse, expected.naive.lse, EXP2_ERROR)
+        used = budget_use(lse, expected.oracle.lse, expected.naive.lse, expected.lse_rounding)
         assert used <= 1, f"lse error is {used:.3g} times its budget"
-    sums = expected.accumulation
+    sums = expected.output_rounding
     used = budget_use(actual, expected.exact.output, expected.naive.output, sums)
     assert used <= 1, f"accuracy error is {used:.3g} times its budget"
 

@@ -21,7 +21,7 @@ from torch_sage.attention import attention_with_lse, scaled_dot_product_attentio
 pytestmark = pytest.mark.skipif(not _extension.is_available(), reason="extension not built")
 
 ALWAYS = SageConfig(dispatch="always")
-RECIPE = {"qk": "int8", "granularity": "token", "pv": "bf16", "smooth": "k"}
+RECIPE = {"qk": "int8", "granularity": "token", "pv": "bf16", "smooth": "qk"}
 
 
 def qkv(
@@ -74,7 +74,7 @@ def test_calls_reach_the_op(case: str) -> None:
 
 def test_config_chooses_the_recipe() -> None:
     q, k, v = qkv()
-    config = ALWAYS.with_options(granularity="block", smooth_k=False, smooth_v=True)
+    config = ALWAYS.with_options(granularity="block", smooth_q=False, smooth_k=False, smooth_v=True)
     expected = ops.sdpa(q, k, v, granularity="block", smooth="v")
     assert torch.equal(scaled_dot_product_attention(q, k, v, config=config), expected)
     named = scaled_dot_product_attention(*[torch.randn(1, 8, 1024, 64)] * 3, config="sage1")

@@ -18,7 +18,7 @@ from torch_sage.inductor import enable
 pytestmark = pytest.mark.skipif(not _extension.is_available(), reason="extension not built")
 
 ALWAYS = SageConfig(dispatch="always")
-OTHER = SageConfig(dispatch="always", smooth_k=False)
+OTHER = SageConfig(dispatch="always", smooth_q=False, smooth_k=False)
 
 
 class Block(nn.Module):
@@ -151,7 +151,7 @@ def test_innermost_scope_decides(x: Tensor, recorder: Any) -> None:
     output, nodes = trace(recorder, model, x)
     assert nodes == ["exact", "sage", "sage"]
     smooth = [node.kwargs["smooth"] for node in recorder.nodes(ops.sdpa)]
-    assert smooth == ["", "k"]
+    assert smooth == ["", "qk"]
     assert torch.equal(output, model(x))
     # An inner scope that falls back keeps the outer one from quantizing what it left exact.
     sage(ALWAYS.with_options(qk="int4"))(model.blocks[2])
@@ -168,7 +168,7 @@ def test_apply(x: Tensor, recorder: Any) -> None:
     rules = {r"re:blocks\.\d": ALWAYS, "re:.*2": None, "blocks.1": OTHER, "blocks.3": None}
     assert apply_(model, rules, lambda module, name: name != "blocks.3") is model
     assert trace(recorder, model, x)[1] == ["sage", "sage", "sage", "sdpa"]
-    assert [node.kwargs["smooth"] for node in recorder.nodes(ops.sdpa)] == ["k", "", "k"]
+    assert [node.kwargs["smooth"] for node in recorder.nodes(ops.sdpa)] == ["qk", "", "qk"]
     apply_(model, {"re:.*2": None, r"re:blocks\.\d": "auto"})
     assert trace(recorder, model, x)[1] == ["sdpa", "sdpa", "exact", "sdpa"]
     reset_(model)

@@ -204,6 +204,17 @@ def test_negative_scale_after_a_bias():
     rewritten(lambda q, k, v, b: attend((q @ mT(k) + b) * -0.3, v), *qkv(), bias(N, M))
 
 
+def test_causal_with_a_negative_scale():
+    """Torch's fused CPU kernel gives NaN in every row with a masked key there."""
+
+    def function(q, k, v):
+        hidden = ~torch.ones(N, M, dtype=torch.bool).tril()
+        return attend(((q @ mT(k)) * -0.3).masked_fill(hidden, -INF), v)
+
+    node = rewritten(function, *qkv())
+    assert node.args[3:6] == (None, "top_left", -0.3)
+
+
 @pytest.mark.parametrize("hidden", [-INF, MIN, -1e4])
 def test_a_row_without_visible_keys(hidden):
     """-inf: 0 as in SDPA, where plain softmax gives NaN. A finite fill: torch's weights stay."""

@@ -66,6 +66,11 @@ REFUSED = {
             (lambda s: torch.where(s >= s.topk(4)[0][..., -1:], s, -torch.inf))(scores_of(q, k)), v
         ),
     ),
+    "scale_zero": ("score_op", lambda q, k, v: attend(scores_of(q, k) * 0.0, v)),
+    "doubled_by_itself": (
+        "score_op",
+        lambda q, k, v: attend((lambda s: s + s)(scores_of(q, k)), v),
+    ),
     "key_scale": (
         "score_scale",
         lambda q, k, v: attend(scores_of(q, k) * k[:, :, :, 0][:, :, None], v),

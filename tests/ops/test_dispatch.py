@@ -86,7 +86,7 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "recipe_unsupported": [
         ({"config": ALWAYS.with_options(qk="int4")}, {"config": ALWAYS.with_options(qk="int8")}),
         ({"config": ALWAYS.with_options(pv="e4m3")}, {"config": ALWAYS.with_options(pv="half")}),
-        ({"config": ALWAYS.with_options(smooth_q=True)}, {"config": "sage1"}),
+        ({"config": "sage2_8b"}, {"config": "sage1"}),
     ],
     "below_crossover": [
         ({"config": "auto"}, {"config": ALWAYS}),

@@ -49,12 +49,12 @@ DEFINITIONS: dict[str, str] = {
     ),
     "sdpa": (
         f"(Tensor query, Tensor key, Tensor value, {_SEMANTICS}, *, str qk='int8',"
-        " str granularity='token', str pv='bf16', str smooth='k', str output_order='bhsd')"
+        " str granularity='token', str pv='bf16', str smooth='qk', str output_order='bhsd')"
         " -> Tensor"
     ),
     "sdpa_with_lse": (
         f"(Tensor query, Tensor key, Tensor value, {_SEMANTICS}, *, str qk='int8',"
-        " str granularity='token', str pv='bf16', str smooth='k', str output_order='bhsd')"
+        " str granularity='token', str pv='bf16', str smooth='qk', str output_order='bhsd')"
         " -> (Tensor output, Tensor lse)"
     ),
 }
@@ -164,7 +164,7 @@ def sdpa(
     qk: str = "int8",
     granularity: str = "token",
     pv: str = "bf16",
-    smooth: str = "k",
+    smooth: str = "qk",
     output_order: str = "bhsd",
 ) -> Tensor:
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
