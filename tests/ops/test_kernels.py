@@ -264,17 +264,22 @@ def test_runs_and_thread_counts_give_the_same_bits() -> None:
         torch.set_num_threads(threads)
 
 
-def test_rows_do_not_depend_on_their_batch() -> None:
-    """A row's bits are the same alone and among others: nothing is shared by accident."""
-    inputs = make_inputs(AttentionCase(batch=3, heads_q=4, heads_kv=2, seqlen_q=130, seqlen_k=130))
-    everything = OPS.sdpa(*inputs)
+@pytest.mark.parametrize("smooth", ["k", "qk"])
+def test_rows_do_not_depend_on_their_batch(smooth: str) -> None:
+    """A row's bits are the same alone and among others: nothing is shared by accident.
+
+    Only the mean of a smoothed Q belongs to all rows of a head.
+    """
+    q, k, v, *_ = make_inputs(
+        AttentionCase(batch=3, heads_q=4, heads_kv=2, seqlen_q=130, seqlen_k=130)
+    )
+    rows = slice(0, 130) if "q" in smooth else slice(60, 70)
+    everything = OPS.sdpa(q, k, v, smooth=smooth)
     for batch in range(3):
         for head in range(4):
-            q, k, v = inputs.query, inputs.key, inputs.value
-            one, kv = slice(head, head + 1), slice(head // 2, head // 2 + 1)
-            b = slice(batch, batch + 1)
-            single = OPS.sdpa(q[b, one, 60:70], k[b, kv], v[b, kv])
-            assert same_bits(single, everything[b, one, 60:70])
+            b, one, kv = (slice(i, i + 1) for i in (batch, head, head // 2))
+            single = OPS.sdpa(q[b, one, rows], k[b, kv], v[b, kv], smooth=smooth)
+            assert same_bits(single, everything[b, one, rows])
 
 
 def test_inputs_are_not_changed() -> None:
