@@ -115,7 +115,7 @@ def test_options_decide_over_enable(q, no_grad):
     with torch_sage.enable(ALWAYS):
         _, graphs = captured_graphs(attention, q, patches=scoped)
     (node,) = [n for n in graphs[0].graph.nodes if n.target is SDPA]
-    assert node.kwargs["smooth"] == ""
+    assert node.kwargs["smooth"] == "q"
 
 
 def test_equal_options_share_compiled_code(q, no_grad):
