@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torch_sage.config import PRESETS
+from torch_sage.inductor import eligibility
+from torch_sage.inductor.patterns import refusals
 from torch_sage.ops.checks import FLOAT_DTYPES, MAX_HEAD_DIM
-from torch_sage.ops.reasons import ReasonCode
+from torch_sage.ops.reasons import Reason, ReasonCode
 from torch_sage.recipes import SUPPORT, resolve
 
 README = Path(__file__).parents[1] / "README.md"
@@ -55,6 +57,15 @@ def reasons() -> str:
     return table(("reason", "when"), ((f"`{code.value}`", code.doc) for code in ReasonCode))
 
 
+def graph_reasons() -> str:
+    """Return what else keeps attention exact that is found in a compiled graph."""
+    found = [r for m in (eligibility, refusals) for r in vars(m).values() if isinstance(r, Reason)]
+    documented = {code.value for code in ReasonCode}
+    return table(
+        ("reason", "when"), ((f"`{r.code}`", r.message) for r in found if r.code not in documented)
+    )
+
+
 def generated() -> str:
     """Return the text between the markers."""
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
@@ -65,7 +76,9 @@ def generated() -> str:
         "shape; causal from the top left or the bottom right.\n\n"
         f"{presets()}\n"
         "Anything else runs exact SDPA, for a reason that `why_not` and `report` name:\n\n"
-        f"{reasons()}"
+        f"{reasons()}\n"
+        "In a compiled graph also:\n\n"
+        f"{graph_reasons()}"
     )
 
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch_sage import ops
 from torch_sage.attention import (
-    AttentionOutput,
     attention_with_lse,
     scaled_dot_product_attention,
 )
 from torch_sage.config import PRESETS, SageConfig
 from torch_sage.module import apply_, exclude, reset_, sage
 from torch_sage.ops.dispatch import Reason, ReasonCode, why_not
+from torch_sage.reference.attention import AttentionOutput
 
 if TYPE_CHECKING:
     from torch_sage.inductor.dry_run import explain

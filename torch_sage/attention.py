@@ -21,20 +21,10 @@ from torch_sage.ops.dispatch import (
     why_not,
 )
 from torch_sage.recipes import resolve
+from torch_sage.reference.attention import AttentionOutput
 
 # Exact SDPA is the better way there, not a way out: never a warning or an error.
 _CHOSEN = (ReasonCode.BELOW_CROSSOVER, ReasonCode.EMPTY)
-
-
-class AttentionOutput(NamedTuple):
-    """What ``attention_with_lse`` returns."""
-
-    output: Tensor
-    """[B, Hq, N, Dv] in the dtype of query."""
-
-    lse: Tensor
-    """[B, Hq, N] fp32: natural log of the sum of exponentials of the scores; -inf for a row that
-    sees no key."""
 
 
 class _Plan(NamedTuple):

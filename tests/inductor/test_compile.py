@@ -7,9 +7,9 @@ from torch import nn
 
 import torch_sage
 from tests.inductor.graphs import ALWAYS, FOR_CPU, SDPA, captured_graphs, count, records
+from tests.inductor.joint import REL_L1
+from tests.numerics import relative_l1
 from torch_sage.inductor.switch import options
-
-REL_L1 = 0.02  # the default CPU recipe on N(0, 1): issue 2, section 4
 
 
 class Block(nn.Module):
@@ -30,8 +30,7 @@ class Block(nn.Module):
 
 
 def assert_close(actual, expected):
-    error = (actual - expected).abs().sum() / expected.abs().sum()
-    assert error <= REL_L1, f"rel-L1 {error:.4f}"
+    assert relative_l1(actual, expected) <= REL_L1
 
 
 @pytest.fixture

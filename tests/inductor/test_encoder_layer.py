@@ -11,11 +11,11 @@ from tests.inductor.joint import (
     keep_mask,
     reasons,
     records,
-    relative_l1,
     run_pass,
     shape,
     traced,
 )
+from tests.numerics import relative_l1
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 24, 64, 4
 LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default

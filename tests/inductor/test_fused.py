@@ -14,10 +14,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.inductor.graphs import ALWAYS, FOR_CPU, SDPA, captured_graphs, count, reasons, structure
+from tests.inductor.joint import REL_L1
+from tests.numerics import relative_l1
 from torch_sage.inductor.passes import Always, PostPass, PrePass
 
 aten = torch.ops.aten
-REL_L1 = 0.02
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
 
 
@@ -38,8 +39,7 @@ def call(gm):
 
 
 def assert_close(actual, expected):
-    error = (actual - expected).abs().sum() / expected.abs().sum()
-    assert error <= REL_L1, f"rel-L1 {error:.4f}"
+    assert relative_l1(actual, expected) <= REL_L1
 
 
 def randn(*shape, order=BHSD, dtype=torch.float32):

@@ -17,12 +17,12 @@ from tests.inductor.joint import (
     math_sdpa,
     mT,
     qkv,
-    relative_l1,
     rewritten,
     run_pass,
     shape,
     traced,
 )
+from tests.numerics import relative_l1
 
 INF = math.inf
 MIN = torch.finfo(torch.float32).min

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.inductor.graphs import ALWAYS, SDPA, captured_graphs, count, reasons, records
-from tests.inductor.joint import REL_L1, mT, relative_l1
+from tests.inductor.joint import REL_L1, mT
+from tests.numerics import relative_l1
 from torch_sage.inductor import options
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 40, 64, 4

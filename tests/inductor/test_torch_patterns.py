@@ -5,7 +5,8 @@ import torch
 from torch._inductor.fx_passes.fuse_attention import _get_sfdp_patterns
 
 from tests.inductor.graphs import SDPA
-from tests.inductor.joint import REL_L1, Exactly, relative_l1, run_pass, traced
+from tests.inductor.joint import REL_L1, Exactly, run_pass, traced
+from tests.numerics import relative_l1
 
 # Half-precision patterns round scores of up to 8 to 11 bits before exp, in another order than we.
 HALF_ERROR = 2.0**-6

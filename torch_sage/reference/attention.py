@@ -30,10 +30,14 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 class AttentionOutput(NamedTuple):
-    """Result of attention: output [B, Hq, N, Dv] and natural-log lse [B, Hq, N]."""
+    """What attention with its LSE returns; both are fp64 from the exact oracle."""
 
     output: Tensor
+    """[B, Hq, N, Dv] in the dtype of query."""
+
     lse: Tensor
+    """[B, Hq, N] fp32: natural log of the sum of exponentials of the scores; -inf for a row that
+    sees no key."""
 
 
 class _Tile(NamedTuple):
