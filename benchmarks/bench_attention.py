@@ -97,11 +97,8 @@ def bench_overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def reuse(shape: Shape) -> float:
     """Return multiplications per element of q, k and v, as torch_sage/crossover.py counts them."""
-    return multiplications(shape) / (
-        shape.batch
-        * shape.head_dim
-        * (shape.heads_q * shape.seqlen_q + 2 * shape.heads_kv * shape.seqlen_k)
-    )
+    elements = shape.batch * shape.heads_q * shape.head_dim * (shape.seqlen_q + 2 * shape.seqlen_k)
+    return multiplications(shape) / elements
 
 
 def multiplications(shape: Shape) -> float:

@@ -1,8 +1,8 @@
 """Where exact SDPA is faster than quantized attention: measured, as one small rule per device.
 
 Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
-is their ratio: how often an element is used. A fixed cost per call comes on top. The numbers of a
-device are printed by ``python -m benchmarks.bench_attention --crossover``; docs/kernels/cpu.md
+is their ratio: how often an element is used. Grouped heads save no elements: smoothing Q reads K
+once for every query head. A fixed cost per call comes on top. The numbers of a device are printed by ``python -m benchmarks.bench_attention --crossover``; docs/kernels/cpu.md
 shows the measurements behind them.
 """
 
@@ -16,7 +16,7 @@ class Crossover(NamedTuple):
     """From both of these on, quantized attention was measured to be the faster one."""
 
     reuse: float
-    """Multiplications per element of q, k and v."""
+    """Multiplications per element of q, k and v, the latter counted for every query head."""
 
     multiplications: float
     """Multiplications of one call, those a causal mask saves included: SDPA hardly saves them."""
@@ -35,7 +35,6 @@ def prefers_exact(
     *,
     batch: int,
     heads_q: int,
-    heads_kv: int,
     seqlen_q: int,
     seqlen_k: int,
     head_dim: int,
@@ -49,6 +48,5 @@ def prefers_exact(
     if crossover is None:
         return False
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
-    elements = batch * heads_q * seqlen_q * head_dim
-    elements += batch * heads_kv * seqlen_k * (head_dim + head_dim_v)
+    elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
     return multiplications < max(crossover.multiplications, crossover.reuse * elements)

@@ -91,6 +91,12 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "below_crossover": [
         ({"config": "auto"}, {"config": ALWAYS}),
         ({"config": None}, {name: t(2, 8, 2048, 64) for name in "qkv"} | {"config": None}),
+        (  # 0.87 times the speed of SDPA was measured: smoothing Q reads K for every query head
+            {"q": t(1, 8, 32, 64), "enable_gqa": True, "config": None}
+            | {name: t(1, 2, 1024, 64) for name in "kv"},
+            {"q": t(1, 8, 256, 64), "enable_gqa": True, "config": None}
+            | {name: t(1, 2, 1024, 64) for name in "kv"},
+        ),
     ],
     "empty": [
         ({name: t(0, 4, 8, 16) for name in "qkv"}, {}),

@@ -322,7 +322,6 @@ def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
         _CPU_KERNEL if device == "cpu" else device,
         batch=batch,
         heads_q=heads_q,
-        heads_kv=_hint(key.shape[1]),
         seqlen_q=seqlen_q,
         seqlen_k=_hint(key.shape[2]),
         head_dim=head_dim,
