@@ -2,8 +2,9 @@
 
 Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
 is their ratio: how often an element is used. Grouped heads save no elements: smoothing Q reads K
-once for every query head. A fixed cost per call comes on top. The numbers of a device are printed by ``python -m benchmarks.bench_attention --crossover``; docs/kernels/cpu.md
-shows the measurements behind them.
+once for every query head. A fixed cost per call comes on top. The numbers of a device are printed
+by ``python -m benchmarks.bench_attention --crossover``; docs/kernels/cpu.md shows the measurements
+behind them.
 """
 
 from __future__ import annotations
