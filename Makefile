@@ -14,7 +14,8 @@ TORCH := $(VENV)/torch-$(TORCH_VERSION).stamp
 PACKAGES := $(VENV)/packages-$(TORCH_VERSION).stamp
 TOOLS := $(VENV)/tools.stamp
 NATIVE := $(VENV)/native.stamp
-SOURCES := setup.py $(shell find csrc -type f)
+# The ops' schemas are Python; one of the libraries is generated from them.
+SOURCES := setup.py $(shell find csrc -type f) torch_sage/ops/schemas.py torch_sage/ops/exact.py
 
 .DELETE_ON_ERROR:
 .PHONY: all env test demo lint bench wheel clean distclean

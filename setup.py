@@ -1,10 +1,15 @@
-"""Build torch_sage's one native library: LibTorch stable ABI, no CPython API, so one wheel for all.
+"""Build torch_sage's native libraries: LibTorch stable ABI, no CPython API, so one wheel for all.
+
+libtorch_sage.so has the kernels. libtorch_sage_standalone.so loads it and defines the ops, which
+the Python package does otherwise: for processes without Python.
 
 Environment: CXX; TORCH_SAGE_CUDA=0|1|auto; TORCH_CUDA_ARCH_LIST; TORCH_SAGE_SANITIZE, for example
-"address,undefined", builds build/sanitize/libtorch_sage.so and leaves the package alone.
+"address,undefined", builds into build/sanitize and leaves the package alone.
 """
 
+import ast
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -19,7 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-LIBRARY = "torch_sage.libtorch_sage"
+LIBRARIES = ("torch_sage.libtorch_sage", "torch_sage.libtorch_sage_standalone")
+DEFINITIONS = ("torch_sage/ops/schemas.py", "torch_sage/ops/exact.py")
 CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # A fused multiply-add skips the rounding of the product that the quantizer's definition has.
@@ -29,8 +35,14 @@ CXX_FLAGS = [
     *("-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"),
 ]
 LINK_FLAGS = [
-    *("-shared", "-Wl,--no-undefined", "-Wl,--version-script=csrc/exports.map"),
-    *("-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"),
+    *("-shared", "-Wl,--no-undefined", "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"),
+]
+# By its name the kernels' library is found if it is loaded already, otherwise beside the other one.
+# RPATH, not RUNPATH: no environment variable can put another library in its place.
+LINK_KERNELS = ["-Wl,--version-script=csrc/exports.map", "-Wl,-soname,libtorch_sage.so"]
+LINK_STANDALONE = [
+    "-Wl,--version-script=csrc/standalone/exports.map",
+    "-Wl,--disable-new-dtags,-rpath,'$$ORIGIN'",
 ]
 # A source whose name ends with a key is compiled for that instruction set, and only on x86-64;
 # csrc/common/cpu_isa.h chooses among them when the library runs. All others are baseline code.
@@ -75,13 +87,42 @@ def isa_flags(source: Path) -> list[str] | None:
     return []
 
 
-def ninja_file(compiler: list[str], folder: Path, target: Path) -> str:
-    """Return the build graph of the library: a compile edge per source and one link edge."""
+def definitions_header() -> str:
+    """Return the schemas of all ops as C++.
+
+    They are defined in Python next to their fakes. Importing that would need torch; the strings
+    alone are assignments of literals.
+    """
+    schemas: dict[str, str] = {}
+    for path in DEFINITIONS:
+        names: dict[str, object] = {}
+        for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and is_literal(node.value, names):
+                target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+                value = compile(ast.Expression(node.value), path, "eval")
+                names[ast.unparse(target)] = eval(value, {"__builtins__": {}}, names)
+        schemas.update(names["DEFINITIONS"])
+    strings = "".join(f"    {json.dumps(name + schema)},\n" for name, schema in schemas.items())
+    array = f"inline constexpr const char* kDefinitions[] = {{\n{strings}}};\n"
+    return f"#pragma once\n\nnamespace torch_sage {{\n{array}}}  // namespace torch_sage\n"
+
+
+def is_literal(value: ast.AST | None, names: dict[str, object]) -> bool:
+    """Return whether ``value`` is made of constants and ``names`` alone."""
+    kinds = (ast.Constant, ast.JoinedStr, ast.FormattedValue, ast.Dict, ast.Tuple, ast.Load)
+    return value is not None and all(
+        node.id in names if isinstance(node, ast.Name) else isinstance(node, kinds)
+        for node in ast.walk(value)
+    )
+
+
+def ninja_file(compiler: list[str], folder: Path) -> str:
+    """Return the build graph: a compile edge per source and one link edge per library."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit("torch must be installed where torch_sage is built, got none")
     torch = Path(spec.origin).parent
-    cflags = [*CXX_FLAGS, "-Icsrc", "-isystem", str(torch / "include")]
+    cflags = [*CXX_FLAGS, "-Icsrc", f"-I{folder}", "-isystem", str(torch / "include")]
     # No path of the building machine in the binary: error texts and hash are the same everywhere.
     cflags += [f"-ffile-prefix-map={torch}=torch"]
     ldflags = [*LINK_FLAGS, f"-L{torch / 'lib'}", "-ltorch_cpu"]
@@ -97,36 +138,47 @@ def ninja_file(compiler: list[str], folder: Path, target: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx $in {shlex.join(ldflags)} -o $out",
+        f"  command = $cxx $in {shlex.join(ldflags)} $flags -o $out",
     ]
-    objects = []
+    objects: dict[bool, list[str]] = {False: [], True: []}
     for source in sorted(Path("csrc").rglob("*.cpp")):
         flags = isa_flags(source)
         if flags is None:
             continue
-        objects.append(str(folder / source.with_suffix(".o")))
-        lines += [f"build {objects[-1]}: compile {source}", f"  isa = {shlex.join(flags)}"]
-    lines.append(f"build {target}: link {' '.join(objects)} | csrc/exports.map")
+        compiled = str(folder / source.with_suffix(".o"))
+        objects["standalone" in source.parts].append(compiled)
+        lines += [f"build {compiled}: compile {source}", f"  isa = {shlex.join(flags)}"]
+    kernels, standalone = (folder / f"{name.split('.')[1]}.so" for name in LIBRARIES)
+    lines += [
+        f"build {kernels}: link {' '.join(objects[False])} | csrc/exports.map",
+        f"  flags = {' '.join(LINK_KERNELS)}",
+        f"build {standalone}: link {' '.join(objects[True])} {kernels}"
+        " | csrc/standalone/exports.map",
+        f"  flags = {' '.join(LINK_STANDALONE)}",
+    ]
     return "\n".join(lines) + "\n"
 
 
 class BuildLibrary(build_ext):
-    """Runs ninja; the result has no CPython suffix because it is no Python module."""
+    """Runs ninja; the results have no CPython suffix because they are no Python modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the file name inside the package: libtorch_sage.so."""
+        """Return the file name inside the package, such as libtorch_sage.so."""
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link out of tree, then copy the library to where setuptools wants it."""
         sanitize = bool(os.environ.get("TORCH_SAGE_SANITIZE"))
         folder = Path("build", "sanitize" if sanitize else "native")
-        built = folder / "libtorch_sage.so"
+        built = folder / f"{ext.name.split('.')[1]}.so"
         folder.mkdir(parents=True, exist_ok=True)
+        header, text = folder / "definitions.h", definitions_header()
+        if not header.is_file() or header.read_text() != text:
+            header.write_text(text)
         compiler = find_compiler()
         assert compiler is not None  # else there is no extension to build
-        (folder / "build.ninja").write_text(ninja_file(compiler, folder, built))
-        ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")]
+        (folder / "build.ninja").write_text(ninja_file(compiler, folder))
+        ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja"), str(built)]
         subprocess.run(ninja, check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         if not sanitize:
@@ -151,6 +203,6 @@ check_cuda_request()
 if find_compiler() is None:
     warnings.warn("no C++ compiler: torch_sage will run torch's own attention", stacklevel=1)
 setup(
-    ext_modules=[Extension(LIBRARY, [])] if find_compiler() else [],
+    ext_modules=[Extension(name, []) for name in LIBRARIES] if find_compiler() else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TagWheel},
 )

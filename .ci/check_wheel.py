@@ -17,6 +17,15 @@ got = torch_sage.scaled_dot_product_attention(
 assert not torch.equal(got, expected), "must run the quantized kernel, got SDPA's result"
 assert torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.999
 """
+# The library by itself: what a process loads that never imports the package.
+STANDALONE_PROBE = """
+import sys
+import torch
+torch.ops.load_library(sys.argv[1] + "/torch_sage/libtorch_sage_standalone.so")
+q = torch.randn(1, 2, 70, 64)
+assert torch.ops.torch_sage.sdpa(q, q, q).shape == q.shape
+assert "torch_sage" not in sys.modules
+"""
 
 
 def main() -> None:
@@ -28,7 +37,8 @@ def main() -> None:
         install = ["install", "--quiet", "--no-deps", "--target", folder, str(wheels[0])]
         subprocess.run([sys.executable, "-m", "pip", *install], check=True)
         code = f"import sys; sys.path.insert(0, {folder!r})\n{PROBE}"
-        subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=folder)
+        for probe in (code, STANDALONE_PROBE):
+            subprocess.run([sys.executable, "-c", probe, folder], check=True, cwd=folder)
 
 
 main()

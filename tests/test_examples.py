@@ -12,6 +12,7 @@ EXAMPLES = ROOT / "examples"
 SPOKEN = {
     "sdpa_replacement": "relative L1 error, merged:",
     "torch_compile": "4 attention nodes rewritten, 0 skipped",
+    "export_aoti": "1 attention nodes rewritten, 1 skipped",
     "per_module": "quantized: ['layer1', 'layer2']",
 }
 

@@ -18,7 +18,7 @@ needs_binutils = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils
 
 def tool(*command: str) -> str:
     """Return what a command says about the library."""
-    arguments = [*command, str(_extension.library_path())]
+    arguments = [*command, str(_extension.kernels_path())]
     return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
 
 
@@ -50,9 +50,9 @@ def test_only_the_stable_c_interface_of_torch_is_imported():
 
 
 @needs_binutils
-def test_one_symbol_is_exported():
-    (line,) = tool("nm", "-D", "--defined-only").splitlines()
-    assert line.split()[-1] == "torch_sage_build_info"
+def test_two_symbols_are_exported():
+    symbols = [line.split()[-1] for line in tool("nm", "-D", "--defined-only").splitlines()]
+    assert symbols == ["torch_sage_build_info", "torch_sage_claim_schemas"]
 
 
 @needs_binutils
@@ -69,8 +69,8 @@ def test_library_is_hardened():
 
 @needs_binutils
 def test_library_names_no_folder_of_the_building_machine():
-    assert str(ROOT).encode() not in _extension.library_path().read_bytes()
-    assert str(Path(torch.__file__).parent).encode() not in _extension.library_path().read_bytes()
+    assert str(ROOT).encode() not in _extension.kernels_path().read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in _extension.kernels_path().read_bytes()
 
 
 @needs_binutils
@@ -87,16 +87,16 @@ def test_no_inline_function_of_one_instruction_set_is_shared():
 
 
 def test_library_lies_in_the_package():
-    assert _extension.library_path() == ROOT / "torch_sage" / "libtorch_sage.so"
+    assert _extension.kernels_path() == ROOT / "torch_sage" / "libtorch_sage.so"
 
 
 def test_no_search_finds_another_library(package_copy, tmp_path):
     """A library in the working directory or on the loader's path is not looked at."""
     library = package_copy / "torch_sage" / "libtorch_sage.so"
-    shutil.copy(_extension.library_path(), library)
+    shutil.copy(_extension.kernels_path(), library)
     (tmp_path / "libtorch_sage.so").write_bytes(b"not a library" * 100)
     code = "from torch_sage import _extension as e; import sys; assert e.is_available();"
-    code += "sys.stdout.write(str(e.library_path()))"
+    code += "sys.stdout.write(str(e.kernels_path()))"
     assert run_copy(package_copy, code, LD_LIBRARY_PATH=str(tmp_path)) == str(library)
 
 
@@ -146,7 +146,7 @@ def test_kernel_version_follows_the_content(package_copy):
     code = (
         "from torch_sage import _extension as e; import sys; sys.stdout.write(e.kernel_version())"
     )
-    shutil.copy(_extension.library_path(), library)
+    shutil.copy(_extension.kernels_path(), library)
     assert run_copy(package_copy, code) == _extension.kernel_version()
     with library.open("ab") as file:
         file.write(b"\0")

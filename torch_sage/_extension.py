@@ -1,4 +1,7 @@
-"""The native library: loaded once from inside the package, and why it is not there if it is not."""
+"""The native library: loaded once from inside the package, and why it is not there if it is not.
+
+Its twin for processes that do not import this package, ``library_path``, is only named here.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,32 @@ NOT_BUILT = "extension not built"
 # An absolute path inside the package and no search: no environment variable or working directory
 # can put another library in its place.
 _PATH = Path(__file__).resolve().with_name("libtorch_sage.so")
+_STANDALONE = _PATH.with_name("libtorch_sage_standalone.so")
+
+if hasattr(torch.ops.torch_sage, "sdpa"):
+    raise ImportError(
+        f"torch_sage must be imported before {_STANDALONE.name} is loaded, got ops that it defined "
+        "already; load it afterwards, or not at all: importing torch_sage is enough"
+    )
+
+
+def kernels_path() -> Path:
+    """Return where the library is, or would be."""
+    return _PATH
 
 
 def library_path() -> Path:
-    """Return where the library is, or would be."""
-    return _PATH
+    """Return the library that a process without the Python package loads to have the ops.
+
+    ``torch.ops.load_library`` or ``dlopen`` takes it; ``libtorch_sage.so`` must lie beside it. In a
+    process that has imported torch_sage, loading it changes nothing.
+
+    Raises:
+        FileNotFoundError: if the native libraries were not built.
+    """
+    if not _STANDALONE.is_file():
+        raise FileNotFoundError(f"{NOT_BUILT}: no {_STANDALONE.name} in {_STANDALONE.parent}")
+    return _STANDALONE
 
 
 @cache
@@ -31,6 +55,8 @@ def load_error() -> BaseException | None:
         return FileNotFoundError(f"{NOT_BUILT}: no {_PATH.name} in {_PATH.parent}")
     try:
         torch.ops.load_library(_PATH)  # type: ignore[no-untyped-call]  # torch's
+        # The schemas are defined by now; the standalone library must not do it again.
+        ctypes.CDLL(str(_PATH)).torch_sage_claim_schemas()
     except (OSError, RuntimeError) as error:
         # torch says only which file it could not load; its cause is what the loader said.
         return error.__cause__ or error

@@ -21,7 +21,6 @@ from torch_sage import ops
 from torch_sage.attention import exact_attention, scaled_dot_product_attention
 from torch_sage.config import SageConfig
 from torch_sage.ops.dispatch import is_plain
-from torch_sage.ops.rules import wants_gradient
 
 Attend = Callable[..., Tensor]
 
@@ -113,7 +112,7 @@ def _marked_sdpa(
 ) -> Tensor:
     """Compute SDPA as torch does; in a traced graph as an op that the pass leaves alone.
 
-    The pass rewrites no differentiated graph and no dropout, so these stay plain.
+    The pass rewrites no dropout, so that stays plain.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     if torch.compiler.is_compiling() and dropout_p == 0.0 and _markable(arguments[:4]):
@@ -145,7 +144,7 @@ def _exact_softmax(
 
 def _markable(values: tuple[Any, ...]) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
-    return all(is_plain(tensor) and not wants_gradient(tensor) for tensor in tensors)
+    return all(map(is_plain, tensors))
 
 
 def call_within(scope: Scope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

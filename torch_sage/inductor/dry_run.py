@@ -12,16 +12,19 @@ from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from torch_sage.config import as_config
+from torch_sage.inductor.exported import rewrite_program
 from torch_sage.inductor.hooks import members
 from torch_sage.inductor.passes import SagePass
 from torch_sage.inductor.records import META_KEY, AttentionRecord
 from torch_sage.inductor.reporting import GraphReport, Report
-from torch_sage.inductor.switch import is_enabled, options
+from torch_sage.inductor.switch import enabled_config, is_enabled, options
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any] | ExportedProgram, *args: Any, **kwargs: Any) -> Report:
     """Run ``model`` once as Inductor would compile it, without code generation, and report.
 
     The configuration is the one that ``model`` was compiled with if it is a ``torch.compile``
@@ -29,12 +32,16 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     dynamo holds compiled code for are compiled again at their next call.
 
     Args:
-        model: a module or function, compiled or not.
+        model: a module or function, compiled or not; or an exported program, which is not run: the
+            report says what ``apply_to_exported`` would do, and finds what it has done.
         args: what it is called with.
         kwargs: likewise.
     """
     from torch._inductor.compile_fx import compile_fx
 
+    if isinstance(model, ExportedProgram):
+        _, found = rewrite_program(model, enabled_config() or as_config(None))
+        return Report(tuple(GraphReport(tuple(records)) for records in found if records))
     patches = _options_of(model)
     if patches is None:
         patches = {} if is_enabled() else options()

@@ -12,33 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sage.ops.rules import register_autocast
+from torch_sage.ops.rules import register_autocast, wants_gradient
 from torch_sage.ops.schemas import LIBRARY
 
 # Exact strides: SDPA chooses its backend, and with it the result's strides, by the input's strides.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
-ORIGINALS: dict[str, tuple[str, torch._ops.OpOverload[..., Any]]] = {
+DEFINITIONS: dict[str, str] = {
     "exact_sdpa": (
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0,"
-        " bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
-        torch.ops.aten.scaled_dot_product_attention.default,
+        " bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
     ),
-    "exact_softmax": (
-        "(Tensor self, int dim, ScalarType? dtype=None) -> Tensor",
-        torch.ops.aten.softmax.int,
-    ),
+    "exact_softmax": "(Tensor self, int dim, ScalarType? dtype=None) -> Tensor",
 }
-"""Schema of each op, and torch's own op that a graph may have in its place after the pass."""
+
+ORIGINALS: dict[str, torch._ops.OpOverload[..., Any]] = {
+    "exact_sdpa": torch.ops.aten.scaled_dot_product_attention.default,
+    "exact_softmax": torch.ops.aten.softmax.int,
+}
+"""Torch's own op that a graph may have in the place of each after the pass."""
 
 
-def _register(name: str, schema: str, original: torch._ops.OpOverload[..., Any]) -> None:
-    LIBRARY.define(f"{name}{schema}", tags=_TAGS)  # type: ignore[no-untyped-call]  # torch's
+def _register(name: str, original: torch._ops.OpOverload[..., Any]) -> None:
+    LIBRARY.define(f"{name}{DEFINITIONS[name]}", tags=_TAGS)  # type: ignore[no-untyped-call]  # torch's
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         # A function mode that is active, such as an outer scope, must not see the call again.
         with torch._C.DisableTorchFunction():
             return original(*args, **kwargs)
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        # Torch's own op has a gradient; one that is differentiated need not be marked, either.
+        if any(isinstance(arg, Tensor) and wants_gradient(arg) for arg in args):
+            return kernel(*args, **kwargs)
+        op = getattr(torch.ops.torch_sage, name).default
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
         op = getattr(torch.ops.torch_sage, name).default
@@ -51,11 +59,12 @@ def _register(name: str, schema: str, original: torch._ops.OpOverload[..., Any])
 
     torch.library.register_fake(f"torch_sage::{name}", kernel, lib=LIBRARY)
     torch.library.register_vmap(f"torch_sage::{name}", vmap, lib=LIBRARY)
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]  # torch's
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's
 
 
-for _name, (_schema, _original) in ORIGINALS.items():
-    _register(_name, _schema, _original)
+for _name, _original in ORIGINALS.items():
+    _register(_name, _original)
 register_autocast("exact_sdpa", "cpu")
 register_autocast("exact_sdpa", "cuda")
 register_autocast("exact_softmax", "cuda")  # the CPU's autocast leaves softmax as it is

@@ -16,7 +16,7 @@ from torch_sage.ops.reasons import Reason
 from torch_sage.recipes import Recipe
 
 _CALLED = (ops.sdpa, ops.sdpa_with_lse)
-_EXCLUDED = {getattr(ops, name): original for name, (_, original) in ORIGINALS.items()}
+_EXCLUDED = {getattr(ops, name): original for name, original in ORIGINALS.items()}
 
 
 def find(graph: Graph) -> Iterator[tuple[Node, Recipe | Reason]]:

@@ -120,7 +120,9 @@ def match_safe(node: Node) -> Softmax | None:
     *parts, scores, dim = chain
     if uncast(scores) is not uncast(softmax.scores) or dim != softmax.dim:
         return None
-    return Softmax(softmax.scores, softmax.dim, (node, *casts, *softmax.nodes, *parts))
+    # Outside Inductor the zeros are still made by a call that takes the weights for their shape.
+    zeros = (zero,) if isinstance(zero, Node) and is_call(zero, aten.full_like.default) else ()
+    return Softmax(softmax.scores, softmax.dim, (node, *zeros, *casts, *softmax.nodes, *parts))
 
 
 def row_is_masked(node: Any) -> list[Any] | None:
