@@ -28,6 +28,7 @@ LEVELS: list[list[str]] = [
         "torch_sage.ops.dispatch",
     ],
     ["torch_sage.attention", "torch_sage.scope", "torch_sage.module", "torch_sage.inductor"],
+    ["torch_sage.distributed"],
     ["torch_sage"],
     ["torch_sage.demo", "torch_sage.__main__"],
 ]

@@ -1,0 +1,85 @@
+"""What ring and all-to-all attention ask of their arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_sage.config import SageConfig, as_config
+from torch_sage.ops.checks import FLOAT_DTYPES, names
+from torch_sage.ops.dispatch import validate, why_not
+from torch_sage.recipes import Recipe, resolve
+
+
+def accept(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    config: SageConfig | str | None,
+) -> Recipe:
+    """Return the recipe to compute with.
+
+    Raises:
+        ValueError: if the arguments contradict each other.
+        NotImplementedError: if they are not supported; nothing falls back to exact attention.
+    """
+    config = as_config(config)
+    semantics = (None, 0.0, is_causal, scale, enable_gqa)
+    validate(query, key, value, *semantics)
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"query must be 4-D like key and value, got {list(query.shape)}")
+    for name, tensor, like, dims in (
+        ("key", key, query, (0,)),
+        ("value", value, key, (0, 1)),
+    ):
+        if any(tensor.shape[dim] != like.shape[dim] for dim in dims):
+            expected = [like.shape[dim] for dim in dims]
+            raise ValueError(
+                f"{name} must have {expected} in its first dimensions, got {list(tensor.shape)}"
+            )
+    if is_causal and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"key must have query's {query.shape[2]} tokens when is_causal, got {key.shape[2]}"
+        )
+    if config.smooth_q:
+        raise NotImplementedError(
+            "config.smooth_q must be None or False: the scores of a query mean need the keys as "
+            "they were before quantization, got True"
+        )
+    config = config.with_options(dispatch="always", smooth_q=False)
+    if reasons := why_not(query, key, value, *semantics, config=config):
+        raise NotImplementedError("; ".join(f"{r.message} ({r.code})" for r in reasons))
+    return resolve(config, query.device.type)
+
+
+def require_mask(
+    attn_mask: Tensor | None, shape: tuple[int, ...], is_causal: bool, like: Tensor
+) -> None:
+    """Refuse a mask that does not broadcast to ``shape``, or that a kernel cannot read."""
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError("attn_mask must be None when is_causal, got a tensor")
+    sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
+    if attn_mask.dim() > 4 or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"attn_mask must broadcast to {list(shape)}, got {list(attn_mask.shape)}")
+    if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        got = names([attn_mask.dtype])
+        raise ValueError(
+            f"attn_mask must have dtype {names((torch.bool, *FLOAT_DTYPES))}, got {got}"
+        )
+    if attn_mask.device != like.device:
+        raise ValueError(f"attn_mask must be on {like.device}, got {attn_mask.device}")
+    if attn_mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("attn_mask must not require grad while grad mode is on")
+
+
+def mask_columns(attn_mask: Tensor | None, source: int, tokens: int) -> Tensor | None:
+    """Return the columns of a mask that belong to the keys of rank ``source``."""
+    if attn_mask is None or attn_mask.dim() == 0 or attn_mask.shape[-1] == 1:
+        return attn_mask
+    return attn_mask[..., source * tokens : (source + 1) * tokens]

@@ -1,0 +1,95 @@
+"""DTensor sharding rules: the ops run shard by shard where batch or heads are sharded.
+
+Attention of one batch entry and one head needs no other, so a mesh dimension may shard the batch of
+all operands, or the heads of all of them; everything else is gathered first. DTensor itself refuses
+a rule that does not divide every operand evenly: with grouped heads that means the key's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from torch_sage.ops.schemas import DEFINITIONS
+
+BATCH, HEADS = 0, 1
+Placements = list[Placement | None]
+Rule = tuple[Placements, Placements]
+
+_CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def register() -> None:
+    """Give every op its rule."""
+    for name in DEFINITIONS:
+        _register(getattr(torch.ops.torch_sage, name).default)
+
+
+def register_cpu_sdpa_sharding() -> None:
+    """Let torch's own SDPA on CPU take DTensors, as it does on GPUs; compiled, it becomes ours.
+
+    torch has no rule for its CPU kernel up to 2.13: ``F.scaled_dot_product_attention`` of DTensors
+    on CPU is an error. A rule that torch has, or someone registered before, stays. The backward
+    pass has none. A mask must be replicated.
+    """
+    if _CPU_SDPA not in _propagator().op_strategy_funcs:
+        _register(_CPU_SDPA)
+
+
+def _register(op: torch._ops.OpOverload[..., Any]) -> None:
+    register_sharding(op)(_rule(op))
+    # What DTensor remembers of an op's results it looks up by tensors and integers only; dtypes and
+    # sizes of codes and scales, and strides, depend on the recipe, which comes in strings.
+    schemas = _propagator().op_to_schema_info
+    keywords = [argument.name for argument in op._schema.arguments if argument.kwarg_only]
+    schemas[op] = replace(schemas[op], static_kwargkey=keywords)
+
+
+def _propagator() -> Any:
+    return DTensor._op_dispatcher.sharding_propagator
+
+
+def _rule(op: torch._ops.OpOverload[..., Any]) -> Callable[..., list[Rule]]:
+    """Return the function that lists an op's acceptable placements for DTensor."""
+    names = [argument.name for argument in op._schema.arguments]
+    results = len(op._schema.returns)
+
+    def placements(*args: Any, **kwargs: Any) -> list[Rule]:
+        rules: list[Rule] = []
+        for axis in (None, BATCH, HEADS):
+            fixed = {name: _placement(name, arg, axis) for name, arg in kwargs.items()}
+            if not all(_lies_as(kwargs[name], wanted) for name, wanted in fixed.items()):
+                continue
+            operands = [_placement(name, arg, axis) for name, arg in zip(names, args, strict=False)]
+            output: Placement = Replicate() if axis is None else Shard(axis)
+            rules.append(([output] * results, [*operands, *fixed.values()]))
+        if not rules:
+            raise NotImplementedError("attn_mask must be replicated for SDPA on CPU, got a shard")
+        return rules
+
+    return placements
+
+
+def _lies_as(arg: Any, wanted: Placement | None) -> bool:
+    """Return whether a keyword argument lies as it must: DTensor moves positional ones only."""
+    return wanted is None or (
+        isinstance(wanted, Replicate) and all(p.is_replicate() for p in arg.placements)
+    )
+
+
+def _placement(name: str, arg: Any, axis: int | None) -> Placement | None:
+    """Return where an operand must lie if ``axis`` is sharded; None for what is no tensor."""
+    if not hasattr(arg, "placements"):
+        return None
+    if axis is None:
+        return Replicate()
+    if name != "attn_mask":
+        return Shard(axis)
+    # A mask broadcasts from its last dimension on.
+    own = axis - (4 - len(arg.shape))
+    return Shard(own) if own >= 0 and arg.shape[own] != 1 else Replicate()
