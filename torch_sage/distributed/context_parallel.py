@@ -35,8 +35,8 @@ def context_parallel(
     """Shard ``buffers`` and share attention as torch's ``context_parallel``, by ``ring_attention``.
 
     A call of ``F.scaled_dot_product_attention`` inside, on the ranks' own tokens, becomes
-    ``ring_attention``. What that does not support, such as masks and gradients, is left to
-    torch, which has a ring for its CUDA kernels and none for its CPU kernel. Eager code only.
+    ``ring_attention``. Masks, gradients and what the kernels do not support are left to torch,
+    which has a ring for its CUDA kernels; it has none on CPU, where they are an error. Eager only.
 
     Args:
         mesh: the 1-D mesh that shares the sequence; this and the next three are torch's.
@@ -44,6 +44,9 @@ def context_parallel(
         buffer_seq_dims: the dimension of tokens in each.
         no_restore_buffers: those that need not be whole again afterwards.
         config: how to compute, as for ``ring_attention``.
+
+    Raises:
+        NotImplementedError: on CPU, where torch has no ring for what ours does not support.
     """
     sharded = torch_context_parallel(
         mesh,
@@ -95,9 +98,13 @@ class _RingMode(TorchFunctionMode):
             return None
         q, k, v = (x.to_local() for x in operands)
         config = self.config.with_options(dispatch="always")
-        if attn_mask is not None or why_not(
-            q, k, v, None, dropout_p, is_causal, scale, enable_gqa, config=config
-        ):
+        lacks = why_not(q, k, v, None, dropout_p, is_causal, scale, enable_gqa, config=config)
+        problems = [reason.message for reason in lacks]
+        if attn_mask is not None:
+            problems.append("attn_mask must be None")
+        if problems and query.device.type == "cpu":
+            raise NotImplementedError("in context_parallel on CPU, " + "; ".join(problems))
+        if problems:
             return None
         output = ring_attention(
             q,

@@ -1,0 +1,158 @@
+"""Attention that is split among ranks: the cases, and what the oracle says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.cases import AttentionCase, make_inputs
+from tests.numerics import Expected, exact_attention, expect
+from torch_sage import AttentionOutput, SageConfig, ops
+
+# Keys per step of the online softmax in the CPU kernel, as in tests/ops/test_kernels.py.
+KERNEL_TILE = 256
+
+
+@dataclass(frozen=True)
+class SplitCase:
+    """One call of ring or all-to-all attention; sizes are those of the whole sequence."""
+
+    method: str
+    order: str
+    attention: AttentionCase
+
+    @property
+    def id(self) -> str:
+        return f"{self.method}-{self.order}-{self.attention.id}"
+
+    @property
+    def config(self) -> SageConfig:
+        smooth = self.attention.smooth
+        return SageConfig(
+            granularity=self.attention.granularity,
+            smooth_q=False,
+            smooth_k="k" in smooth,
+            smooth_v="v" in smooth,
+        )
+
+
+def ring(order: str = "contiguous", **attention) -> SplitCase:
+    lengths = {"seqlen_q": 328, "seqlen_k": 328}
+    return SplitCase("ring", order, AttentionCase(**{**lengths, **attention}))
+
+
+def ulysses(**attention) -> SplitCase:
+    sizes = {"seqlen_q": 200, "seqlen_k": 200, "heads_q": 4, "heads_kv": 4, "head_dim": 32}
+    return SplitCase("ulysses", "contiguous", AttentionCase(**{**sizes, **attention}))
+
+
+# Regimes: both orders, causal or not, GQA, MQA; shards of 82 or 164 tokens, which no block of 64
+# divides, nor their halves in zigzag order; every dtype, granularity and smoothing that travels;
+# masks that hide whole shards and whole rows, and of every broadcast shape; a mean of K per shard
+# that differs from the others' (channel_bias, uneven).
+SPLIT_CASES = [
+    ring(data="channel_bias"),
+    ring(causal="top_left", dtype="bf16", heads_q=4, heads_kv=2),
+    ring("zigzag", causal="top_left", data="uneven", heads_q=4, heads_kv=2),
+    ring("zigzag", causal="top_left", data="channel_bias", layout="bshd", batch=2, seqlen_q=64,
+         seqlen_k=64),
+    *(
+        ring("zigzag", causal="top_left", granularity=granularity, smooth=smooth, dtype=dtype)
+        for granularity, smooth, dtype in (
+            ("thread", "kv", "fp16"), ("warp", "k", "fp32"), ("block", "", "bf16"),
+            ("tensor", "v", "fp32"),
+        )
+    ),
+    ring(seqlen_q=96, seqlen_k=200, head_dim_v=40, scale=-0.2, smooth="", heads_q=3, heads_kv=1),
+    *(
+        ring(seqlen_q=200, seqlen_k=200, mask=mask, batch=2, dtype=dtype, heads_q=4)
+        for mask, dtype in (
+            ("bool_hidden_rows", "fp32"), ("bool_late", "bf16"), ("key_padding", "fp32"),
+            ("float", "fp32"), ("float_column", "fp32"), ("float_min_rows", "fp32"),
+        )
+    ),
+    ulysses(data="channel_bias"),
+    ulysses(causal="top_left", heads_q=8, dtype="bf16", granularity="thread", smooth="kv"),
+    ulysses(seqlen_q=96, head_dim_v=24, scale=0.3, granularity="block"),
+    *(ulysses(mask=mask, batch=2, heads_q=8) for mask in ("bool", "float_row", "key_padding")),
+]  # fmt: skip
+
+
+def held_tokens(order: str, rank: int, size: int, tokens: int) -> Tensor:
+    """Return the tokens that ``rank`` holds, by the definition in docs/distributed.md."""
+    pieces = torch.arange(tokens).chunk(size if order == "contiguous" else 2 * size)
+    return pieces[rank] if order == "contiguous" else torch.cat([pieces[rank], pieces[-1 - rank]])
+
+
+def rows_that_meet(case: SplitCase, rank: int, source: int, size: int) -> Tensor:
+    """Return which queries of ``rank`` are quantized together to meet the keys of ``source``."""
+    causal = case.attention.causal == "top_left"
+    if case.method == "ulysses":  # a rank has all tokens of its heads; one stands for all
+        tokens = torch.arange(case.attention.seqlen_q if rank == 0 else 0)
+        return tokens[source * len(tokens) // size :] if causal else tokens
+    tokens = held_tokens(case.order, rank, size, case.attention.seqlen_q)
+    if causal and source > rank:  # all its keys lie behind our queries, or behind the first half
+        return tokens[len(tokens) // 2 if case.order == "zigzag" else len(tokens) :]
+    return tokens
+
+
+def expect_split(case: SplitCase, size: int) -> Expected:
+    """Return the references of the whole rows, with operands quantized as the ranks do it.
+
+    Each rank's keys are attended to by the oracle, with the kernel's own mean, and the results are
+    averaged in fp64: of the oracle itself that is what one device computes from all the codes.
+    """
+    query, key, value, mask, causal, scale = make_inputs(case.attention)
+    n, m = query.shape[2], key.shape[2]
+    if causal == "top_left":
+        mask = torch.ones(n, m, dtype=torch.bool).tril()
+    recipe = case.attention.recipe
+    oracle, naive, roundings = [], [], []
+    for source in range(size):
+        tokens = held_tokens(case.order, source, size, m)
+        k, v = key[:, :, tokens], value[:, :, tokens]
+        means = {}
+        if "k" in recipe["smooth"]:
+            means["key_mean"] = ops.quantize_key(k)[2]
+        if "v" in recipe["smooth"]:
+            means["value_mean"] = ops.quantize_value(v, smooth=True)[2]
+        oracle.append(_no_keys(query, value, torch.float64))
+        naive.append(_no_keys(query, value, torch.float32))
+        for rank in range(size):
+            rows = rows_that_meet(case, rank, source, size)
+            if len(rows) == 0:
+                continue
+            seen = mask
+            if seen is not None:
+                seen = seen if seen.shape[-1] == 1 else seen[..., tokens]
+                seen = seen if seen.shape[-2] == 1 else seen[..., rows, :]
+            part = expect(
+                query[:, :, rows], k, v, seen, "none", scale, **recipe, **means, tile=KERNEL_TILE
+            )
+            for whole, result in ((oracle[-1], part.oracle), (naive[-1], part.naive)):
+                whole.output[:, :, rows] = result.output.to(whole.output.dtype)
+                whole.lse[:, :, rows] = result.lse.to(whole.lse.dtype)
+            roundings.append((part.output_rounding, part.lse_rounding))
+    low = _average(naive)
+    return Expected(
+        exact_attention(query, key, value, mask, scale=scale),
+        _average(oracle),
+        AttentionOutput(low.output.to(query.dtype), low.lse),
+        *(torch.stack(rounding).amax(0) for rounding in zip(*roundings, strict=True)),
+    )
+
+
+def _no_keys(query: Tensor, value: Tensor, dtype: torch.dtype) -> AttentionOutput:
+    """Return the result [B, Hq, N, Dv] of queries that see nothing."""
+    rows = query.shape[:3]
+    output = torch.zeros(*rows, value.shape[3], dtype=dtype)
+    return AttentionOutput(output, torch.full(rows, -torch.inf, dtype=dtype))
+
+
+def _average(parts: list[AttentionOutput]) -> AttentionOutput:
+    lse = torch.stack([part.lse.double() for part in parts])
+    weights = lse.softmax(0).nan_to_num(0.0)  # NaN: no key is visible anywhere
+    outputs = torch.stack([part.output.double() for part in parts])
+    return AttentionOutput((weights[..., None] * outputs).sum(0), lse.logsumexp(0))

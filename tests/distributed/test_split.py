@@ -1,0 +1,109 @@
+"""Ring and all-to-all attention on 2 and 4 processes against the oracle on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import make_inputs
+from tests.distributed.launch import launch
+from tests.distributed.split import SPLIT_CASES, SplitCase, expect_split, ring
+from tests.numerics import assert_within_budget, budget_use, output_budget_use
+from torch_sage import AttentionOutput, _extension
+
+pytestmark = pytest.mark.skipif(
+    not _extension.is_available(), reason=_extension.unavailable_reason() or ""
+)
+
+MAX_LSE_ERROR = 1e-4  # of merged partial results; issue 5
+
+WRONG_ORDER = ring("zigzag", causal="top_left", data="uneven")
+NO_MEAN = ring(data="uneven")
+
+
+def attend(case: SplitCase, order: str | None = None) -> AttentionOutput:
+    """Share the inputs of a case, attend, and put the results together again."""
+    from torch_sage import distributed
+
+    query, key, value, mask, causal, scale = make_inputs(case.attention)
+    layout: Any = {"order": case.order}
+    options: Any = {
+        "is_causal": causal == "top_left",
+        "scale": scale,
+        "enable_gqa": True,
+        "config": case.config,
+    }
+    q, k, v = (distributed.shard_sequence(x, **layout) for x in (query, key, value))
+    assert torch.equal(distributed.unshard_sequence(q, **layout), query)
+    if case.method == "ring":
+        if mask is not None and mask.shape[-2] != 1:
+            mask = distributed.shard_sequence(mask, -2, **layout)
+        options["order"] = order or case.order
+        result = distributed.ring_attention_with_lse(q, k, v, mask, **options)
+        alone = distributed.ring_attention(q, k, v, mask, **options)
+    else:
+        result = distributed.ulysses_attention_with_lse(q, k, v, mask, **options)
+        alone = distributed.ulysses_attention(q, k, v, mask, **options)
+    assert torch.equal(alone, result.output)
+    return AttentionOutput(*(distributed.unshard_sequence(x, **layout) for x in result))
+
+
+def attend_without_means(case: SplitCase) -> AttentionOutput:
+    """Smooth K by each rank's mean, and forget to correct the LSE by it."""
+    from torch_sage.distributed import ring as module
+
+    quantize = module.quantize
+
+    def forgetful(*args: Any) -> Any:
+        block = quantize(*args)
+        return block._replace(key_mean=torch.zeros_like(block.key_mean))
+
+    module.quantize = forgetful
+    try:
+        return attend(case)
+    finally:
+        module.quantize = quantize
+
+
+def work(rank: int, size: int) -> dict[str, tuple[Tensor, ...]]:
+    results = {case.id: tuple(attend(case)) for case in SPLIT_CASES}
+    results["wrong order"] = tuple(attend(WRONG_ORDER, "contiguous"))
+    results["no mean"] = tuple(attend_without_means(NO_MEAN))
+    return results if rank == 0 else {}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The number of processes, and all results of one group of them."""
+    folder: Path = tmp_path_factory.mktemp("split")
+    return request.param, launch(work, request.param, folder)[0]
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.id)
+def test_within_the_budget_of_the_unsplit_op(split: Any, case: SplitCase) -> None:
+    size, results = split
+    output, lse = results[case.id]
+    expected = expect_split(case, size)
+    assert_within_budget(output, expected, lse=lse)
+    # Rows that see no key, or under a mask of -3e38 none in earnest, have an lse of that size.
+    ordinary = expected.oracle.lse > -1e30
+    error = torch.where(ordinary, lse.double() - expected.oracle.lse, 0.0).abs().max().item()
+    assert error <= MAX_LSE_ERROR
+
+
+def test_budget_sees_a_wrong_order_of_tokens(split: Any) -> None:
+    size, results = split
+    assert output_budget_use(results["wrong order"][0], expect_split(WRONG_ORDER, size)) > 4
+
+
+def test_budget_sees_an_lse_without_the_mean_of_the_keys(split: Any) -> None:
+    size, results = split
+    output, lse = results["no mean"]
+    expected = expect_split(NO_MEAN, size)
+    assert output_budget_use(output, expected) > 4
+    lse_use = budget_use(lse, expected.oracle.lse, expected.naive.lse, expected.lse_rounding)
+    assert lse_use > 4
