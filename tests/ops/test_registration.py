@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -418,6 +420,20 @@ def test_vmap_of_quantizers() -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("first", ["torch_sage", "torch.utils.flop_counter"])
+def test_flop_formulas_are_there_in_either_order_of_imports(first: str) -> None:
+    """torch's counter imports triton, so torch_sage must not import it."""
+    code = (
+        f"import importlib, sys\nimportlib.import_module({first!r})\n"
+        "import torch, torch_sage\n"
+        f"assert ('torch.utils.flop_counter' in sys.modules) == ({first!r} != 'torch_sage')\n"
+        "from torch.utils import flop_counter\n"
+        "assert torch.ops.torch_sage.sdpa in flop_counter.flop_registry\n"
+        "assert type(flop_counter.__spec__.loader).__name__ == 'SourceFileLoader'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("causal", ["none", "top_left"])
 def test_flops_are_counted_as_for_sdpa(causal: str) -> None:
     """torch's counter leaves out the CPU's flash kernel, so its math backend is the yardstick."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
+from torch_sage.ops.after_import import after_import
 from torch_sage.ops.schemas import DEFINITIONS, LIBRARY
 
 # Arguments that torch's own function casts under autocast, SDPA's to the region's dtype, softmax's
@@ -158,14 +158,13 @@ def _quantized_attention_flops(
 
 
 def register_missing_kernels(reason: str) -> None:
-    """Make every op say why it cannot run, instead of the dispatcher's list of backends."""
+    """Make every op say why it cannot run on CPU, not the dispatcher's list of backends."""
 
     def register(name: str) -> None:
         def kernel(*_: Any, **__: Any) -> Any:
             raise RuntimeError(f"torch_sage::{name} must have its native library, got: {reason}")
 
-        for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, kernel, key)  # type: ignore[no-untyped-call]  # torch's
+        LIBRARY.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]  # torch's
 
     for name in DEFINITIONS:
         register(name)
@@ -178,10 +177,18 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "sdpa_with_lse": _attention_flops,
 }
 
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in _FLOPS.items():
+        register_flop_formula(getattr(torch.ops.torch_sage, name))(formula)
+
+
 for _name in DEFINITIONS:
     _register_autograd_guard(_name)
     register_autocast(_name, "cpu")
     register_autocast(_name, "cuda")
     _register_vmap(_name)
-for _name, _formula in _FLOPS.items():
-    register_flop_formula(getattr(torch.ops.torch_sage, _name))(_formula)
+# It imports triton, which takes half a second and makes folders.
+after_import("torch.utils.flop_counter", _register_flops)
