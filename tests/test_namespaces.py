@@ -22,8 +22,13 @@ LEVELS: list[list[str]] = [
     [
         "torch_sage.ops.checks",
         "torch_sage.ops.schemas",
+        "torch_sage.ops.after_import",
         "torch_sage.ops.rules",
         "torch_sage.ops.exact",
+        "torch_sage.ops.triton_quantize",
+        "torch_sage.ops.triton_attention",
+        "torch_sage.ops.triton_ops",
+        "torch_sage.ops.gpu",
         "torch_sage.ops",
         "torch_sage.ops.dispatch",
     ],

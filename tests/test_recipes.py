@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from torch_sage.config import PRESETS, SageConfig
-from torch_sage.ops.checks import recipe_problems
+from torch_sage.ops.checks import FLOAT_DTYPES, recipe_problems
 from torch_sage.recipes import (
     GRANULARITIES,
     PV_FORMATS,
@@ -23,7 +24,8 @@ def test_tables_hold_known_values_only(device: str) -> None:
     assert set(support.qk) <= set(QK_FORMATS)
     assert set(support.granularity) <= set(GRANULARITIES)
     assert set(support.pv) <= set(PV_FORMATS)
-    assert support.half in ("bf16", "fp16")
+    assert set(support.half) == set(FLOAT_DTYPES)
+    assert set(support.half.values()) <= set(support.pv)
     for smooth in support.smooth:
         assert smooth == "".join(letter for letter in SMOOTH_LETTERS if letter in smooth)
 
@@ -51,6 +53,14 @@ def test_fields_override_the_default_one_by_one() -> None:
     assert resolve(SageConfig(pv="half"), "cpu").pv == "bf16"
     assert resolve(SageConfig(pv="e4m3"), "cpu").pv == "e4m3"
     assert resolve(SageConfig(qk="int4"), "cpu").qk == "int4"
+
+
+def test_half_is_the_16_bit_type_of_the_operands() -> None:
+    for pv in ("auto", "half"):
+        formats = [resolve(SageConfig(pv=pv), "cuda", dtype).pv for dtype in FLOAT_DTYPES]
+        assert formats == ["bf16", "bf16", "fp16"]
+        assert {resolve(SageConfig(pv=pv), "cpu", dtype).pv for dtype in FLOAT_DTYPES} == {"bf16"}
+    assert resolve(SageConfig(pv="bf16"), "cuda", torch.float16).pv == "bf16"
 
 
 def test_paper_presets_on_the_cpu() -> None:

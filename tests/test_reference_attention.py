@@ -376,3 +376,17 @@ def test_bad_offsets_name_what_was_expected(
         reference.varlen_attention(
             *packed, torch.tensor(starts_q), torch.tensor(starts_k), **THREAD
         )
+
+
+@pytest.mark.parametrize("precision", ["exact", "recipe"])
+def test_a_given_query_mean_is_used(precision: str) -> None:
+    """Its own mean gives the same bits; another one other codes, and hardly another result."""
+    q, k, v, *_ = make_inputs(AttentionCase(heads_q=4, data="channel_bias"))
+    recipe = {"qk": "int8", "granularity": "token", "pv": "bf16", "smooth": "qk"}
+    recipe |= {"precision": precision}
+    own = reference.attention(q, k, v, **recipe, smooth_block=q.shape[2])
+    given = reference.attention(q, k, v, **recipe, query_mean=q.double().mean(2).float())
+    assert torch.equal(own.output, given.output) and torch.equal(own.lse, given.lse)
+    other = reference.attention(q, k, v, **recipe, query_mean=torch.zeros(1, 4, q.shape[3]))
+    assert not torch.equal(other.output, own.output)
+    assert relative_l1(other.output, own.output) < 0.02

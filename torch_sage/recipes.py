@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 from torch_sage.config import SageConfig
 
@@ -52,7 +55,9 @@ class Support(NamedTuple):
     granularity: tuple[str, ...]
     pv: tuple[str, ...]
     smooth: tuple[str, ...]
-    half: str
+
+    half: Mapping[torch.dtype, str]
+    """The 16-bit format of P and V for each dtype of the operands."""
 
     def allows(self, recipe: Recipe) -> bool:
         """Return whether a kernel of this device runs ``recipe``."""
@@ -68,20 +73,34 @@ class Support(NamedTuple):
 # per-block ones on N(0,1) (algorithm.md 3.3: .0093 against .0131); bf16 is the only 16-bit dot
 # product of x86, and unlike 8-bit P it keeps the tail behind an attention sink. Q is smoothed by
 # one mean per head: on SmolLM2's own q, k, v the worst layer's cosine is .99987, .99943 without.
+#
+# CUDA, by Triton: the same arithmetic, so the same defaults; V keeps its own 16-bit type and needs
+# no pass, and fp32 V takes the one that has its range.
+_ALL_SMOOTHING = ("", "k", "v", "kv", "q", "qk", "qv", "qkv")
 SUPPORT: dict[str, Support] = {
     "cpu": Support(
         default=Recipe("int8", "token", "bf16", "qk"),
         qk=("int8",),
         granularity=GRANULARITIES,
         pv=("bf16",),
-        smooth=("", "k", "v", "kv", "q", "qk", "qv", "qkv"),
-        half="bf16",
+        smooth=_ALL_SMOOTHING,
+        half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "bf16"},
+    ),
+    "cuda": Support(
+        default=Recipe("int8", "token", "bf16", "qk"),
+        qk=("int8",),
+        granularity=("token", "thread", "warp", "block"),
+        pv=("bf16", "fp16"),
+        smooth=_ALL_SMOOTHING,
+        half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "fp16"},
     ),
 }
 
 
-def resolve(config: SageConfig, device_type: str) -> Recipe:
+def resolve(config: SageConfig, device_type: str, dtype: torch.dtype = torch.bfloat16) -> Recipe:
     """Return the recipe that ``config`` asks for on ``device_type``; it may not be supported there.
+
+    ``dtype`` of the operands decides what 16 bits are.
 
     Raises:
         KeyError: if no recipe exists for ``device_type`` (``device_type not in SUPPORT``).
@@ -93,10 +112,14 @@ def resolve(config: SageConfig, device_type: str) -> Recipe:
         return letter in default.smooth if wanted is None else wanted
 
     wanted = {"q": config.smooth_q, "k": config.smooth_k, "v": config.smooth_v}
-    pv = default.pv if config.pv == "auto" else config.pv
+    pv: str = config.pv
+    if pv == "half" or (pv == "auto" and default.pv in support.half.values()):
+        pv = support.half.get(dtype, default.pv)
+    elif pv == "auto":
+        pv = default.pv
     return Recipe(
         qk=default.qk if config.qk == "auto" else config.qk,
         granularity=default.granularity if config.granularity == "auto" else config.granularity,
-        pv=support.half if pv == "half" else pv,
+        pv=pv,
         smooth="".join(s for s in SMOOTH_LETTERS if choose(s, wanted[s])),
     )

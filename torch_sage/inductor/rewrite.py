@@ -58,10 +58,11 @@ def apply(
         return False
     found = masks.simplified(found)
     reasons = against or reasons_against(found, config)
-    recipe = None if reasons else resolve(config, tensor(found.query).device.type)
-    if recipe is None:
+    if reasons:
         attach(found.anchor, _record(found, "", reasons))
         return False
+    query = tensor(found.query)
+    recipe = resolve(config, query.device.type, query.dtype)
     op = plan(
         torch.ops.torch_sage.sdpa.default,
         found.query,

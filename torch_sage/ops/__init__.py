@@ -1,7 +1,8 @@
 """Handles of the ops in ``torch.ops.torch_sage``, resolved once.
 
-Importing this package defines every op with its fake and its rules; the kernels come from the
-native library. Without it each op raises the reason, while tracing and fakes still work.
+Importing this package defines every op with its fake and its rules; the kernels for the CPU come
+from the native library, those for GPUs from Triton. Without the library each op raises the reason,
+while tracing and fakes still work.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import torch
 
 from torch_sage import _extension
-from torch_sage.ops import exact, rules, schemas
+from torch_sage.ops import exact, gpu, rules, schemas
 
 _reason = _extension.unavailable_reason()
 if _reason is not None:
     rules.register_missing_kernels(_reason)
+gpu.register_kernels()
 
 quantize_query = torch.ops.torch_sage.quantize_query.default
 quantize_key = torch.ops.torch_sage.quantize_key.default

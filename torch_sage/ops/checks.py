@@ -20,6 +20,7 @@ from torch_sage.recipes import SUPPORT
 Size = Any  # int | torch.SymInt: torch types the shape of a Tensor as int only
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the codes of V by format
 MAX_HEAD_DIM = 256  # largest head_dim whose tiles fit the kernels' registers and shared memory
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 CAUSAL = ("none", "top_left", "bottom_right")
@@ -233,6 +234,7 @@ def quantized_problems(
     attn_mask: Tensor | None,
     causal: str,
     scale: float | None,
+    pv: str,
 ) -> Iterator[str]:
     """Yield why ``query`` cannot attend to quantized keys and values (codes, scales, mean)."""
     ranks = list(rank_problems(query=query, key_codes=keys[0], value_codes=values[0]))
@@ -244,7 +246,7 @@ def quantized_problems(
     yield from operand_problems("key_codes", keys[0], query, torch.int8, (b, h, m, d))
     yield from operand_problems("key_scales", keys[1], query, torch.float32, keys[1].shape)
     yield from operand_problems("key_mean", keys[2], query, torch.float32, (b, h, d))
-    yield from operand_problems("value_codes", values[0], query, torch.bfloat16, (b, h, m, dv))
+    yield from operand_problems("value_codes", values[0], query, HALVES[pv], (b, h, m, dv))
     yield from operand_problems("value_scales", values[1], query, torch.float32, (b, h, dv))
     yield from operand_problems("value_mean", values[2], query, torch.float32, (b, h, dv))
     if known(dv < 1) or known(dv > MAX_HEAD_DIM):

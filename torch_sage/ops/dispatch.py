@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_sage import _extension
 from torch_sage.config import SageConfig, as_config
 from torch_sage.crossover import prefers_exact
-from torch_sage.ops import checks
+from torch_sage.ops import checks, gpu
 from torch_sage.ops.checks import Size, known
 from torch_sage.ops.reasons import Reason, ReasonCode
 from torch_sage.ops.rules import wants_gradient
@@ -81,8 +81,9 @@ def why_not(
     reasons += _limit_reasons(q, k, v, attn_mask)
     if not reasons and config.dispatch == "measured" and _exact_is_faster(q, k, v):
         message = (
-            f"query {list(query.shape)} and key {list(key.shape)} must be larger to be faster than "
-            "exact SDPA; dispatch='always' ignores this"
+            f"query {list(query.shape)} and key {list(key.shape)} must have sizes at which "
+            f"{query.device.type} was measured to be faster than exact SDPA; dispatch='always' "
+            "ignores this"
         )
         reasons.append(Reason(ReasonCode.BELOW_CROSSOVER, message))
     return tuple(reasons)
@@ -269,14 +270,18 @@ def _rank_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[Reason]:
 def _device_reasons(query: Tensor, config: SageConfig) -> list[Reason]:
     """Return why the device of ``query`` has no kernel for the recipe of ``config``."""
     reasons = []
-    if MISSING_LIBRARY is not None:
-        message = f"the native library must be loaded, got: {MISSING_LIBRARY}"
-        reasons.append(Reason(ReasonCode.EXTENSION_NOT_BUILT, message))
     device = query.device.type
     if device not in SUPPORT:
         message = f"query must be on one of {sorted(SUPPORT)}, got {device}"
-        return [*reasons, Reason(ReasonCode.DEVICE_UNSUPPORTED, message)]
-    for problem in checks.recipe_problems(device, **resolve(config, device).op_kwargs()):
+        return [Reason(ReasonCode.DEVICE_UNSUPPORTED, message)]
+    if device == "cpu" and MISSING_LIBRARY is not None:
+        message = f"the native library must be loaded, got: {MISSING_LIBRARY}"
+        reasons.append(Reason(ReasonCode.EXTENSION_NOT_BUILT, message))
+    lack = gpu.lack(query.device.index) if device == "cuda" else None
+    if lack is not None:
+        reasons.append(Reason(ReasonCode.DEVICE_UNSUPPORTED, lack))
+    recipe = resolve(config, device, query.dtype)
+    for problem in checks.recipe_problems(device, **recipe.op_kwargs()):
         reasons.append(Reason(ReasonCode.RECIPE_UNSUPPORTED, problem))
     return reasons
 

@@ -26,7 +26,10 @@ class ReasonCode(str, Enum):
         "extension_not_built",
         "The native library is absent or did not load; the message says which.",
     )
-    DEVICE_UNSUPPORTED = ("device_unsupported", "No kernel exists for this kind of device.")
+    DEVICE_UNSUPPORTED = (
+        "device_unsupported",
+        "No kernel exists for this kind of device, or this GPU.",
+    )
     DEVICE_MISMATCH = ("device_mismatch", "The tensors are on different devices.")
     DTYPE_UNSUPPORTED = ("dtype_unsupported", "The dtype is not float32, bfloat16 or float16.")
     DTYPE_MISMATCH = ("dtype_mismatch", "query, key and value have different dtypes.")

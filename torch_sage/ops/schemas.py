@@ -112,7 +112,7 @@ def quantize_value(
     """Shapes of codes [B, Hkv, M, Dv] bf16, scales and mean [B, Hkv, Dv] fp32."""
     _require(checks.quantizer_problems("value", value, mean, smooth=smooth))
     _require(checks.recipe_problems(value.device.type, pv=pv))
-    codes = value.new_empty(value.shape, dtype=torch.bfloat16)
+    codes = value.new_empty(value.shape, dtype=checks.HALVES[pv])
     return codes, _per_channel(value), _per_channel(value)
 
 
@@ -140,7 +140,7 @@ def attention(
     values = (value_codes, value_scales, value_mean)
     _require(checks.recipe_problems(query.device.type, qk=qk, granularity=granularity, pv=pv))
     _require(checks.group_problems(block))
-    _require(checks.quantized_problems(query, keys, values, attn_mask, causal, scale))
+    _require(checks.quantized_problems(query, keys, values, attn_mask, causal, scale, pv))
     groups = key_groups(key_codes.shape[2], granularity, block)
     _require(checks.shape_problems("key_scales", key_scales, (*key_codes.shape[:2], groups)))
     return empty_output(query, value_codes.shape[3], output_order)

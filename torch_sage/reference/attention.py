@@ -83,6 +83,7 @@ def attention(
     tile: int | None = None,
     smooth_block: int | None = None,
     precision: str = "recipe",
+    query_mean: Tensor | None = None,
     key_mean: Tensor | None = None,
     value_mean: Tensor | None = None,
     accumulator: str | None = None,
@@ -117,6 +118,7 @@ def attention(
         smooth_block: query rows that share a mean where Q is smoothed, ``block_q`` by default; the
             CPU kernels take all rows of a head.
         precision: "recipe" or "exact".
+        query_mean: fp32 [B, Hq, D] to smooth all rows of Q with, instead of means of blocks.
         key_mean: fp32 [B, Hkv, D] to smooth K with, instead of its own mean.
         value_mean: fp32 [B, Hkv, Dv] to smooth V with, instead of its own mean.
         accumulator: "fp32", "fp22" or "fp16"; by default that of the format's hardware.
@@ -138,7 +140,7 @@ def attention(
     visible = visibility(query, key, attn_mask, causal)
     ops = _quantize(
         (query, key, value),
-        (key_mean, value_mean),
+        (query_mean, key_mean, value_mean),
         Recipe(qk, granularity, pv, smooth),
         _Tile(block_q, block_k, warp, smooth_block or block_q),
         query.shape[-1] ** -0.5 if scale is None else scale,
@@ -242,7 +244,7 @@ def _saturate(output: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _quantize(
     inputs: tuple[Tensor, Tensor, Tensor],
-    means: tuple[Tensor | None, Tensor | None],
+    means: tuple[Tensor | None, Tensor | None, Tensor | None],
     recipe: Recipe,
     tile: _Tile,
     scale: float,
@@ -261,16 +263,20 @@ def _quantize(
         return x.repeat_interleave(group, dim=1)
 
     k_codes, k_scales, k_mean = quantize_key(
-        key, means[0], smooth="k" in smooth, block=tile.block_k, **rows
+        key, means[1], smooth="k" in smooth, block=tile.block_k, **rows
     )
     v_codes, v_scales, v_mean = quantize_value(
-        value, means[1], smooth="v" in smooth, pv=recipe.pv, value_max=value_max
+        value, means[2], smooth="v" in smooth, pv=recipe.pv, value_max=value_max
     )
     # E6: fold the sign of the softmax scale into Q; code ranges are symmetric, so this is exact.
     sign = -1.0 if scale < 0 else 1.0
     q_input, correction = query.float(), None
     if "q" in smooth:
-        q_input, q_mean = smooth_query(query, tile.smooth_block)
+        if means[0] is None:
+            q_input, q_mean = smooth_query(query, tile.smooth_block)
+        else:
+            q_mean = means[0][..., None, :].expand(query.shape)
+            q_input = query.float() - q_mean
         smoothed_key = per_query_head(key.float() - k_mean[..., None, :])
         correction = sign * (q_mean.double() @ smoothed_key.mT.double())
     q_codes, q_scales = quantize_query(q_input, block=tile.block_q, warp=tile.warp, **rows)

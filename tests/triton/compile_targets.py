@@ -1,0 +1,141 @@
+"""Compile the Triton kernels for GPUs that are not here.
+
+``python -m tests.triton.compile_targets`` writes JSON: registers, spills and matrix instructions of
+every kernel on every target, read from its machine code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from torch_sage.ops import triton_attention, triton_quantize
+
+TARGETS = (80, 89, 90, 100, 120)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MATRIX_INSTRUCTION = re.compile(r"\b(UTCIMMA|UTCHMMA|IGMMA|HGMMA|IMMA\.\w+\.S8|HMMA\.\w+\.F32)")
+
+
+def compile_for(
+    arch: int,
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Compile ``kernel`` for compute capability ``arch``; return what its code is made of."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    # What the launcher finds out about real arguments: 16-byte alignment of pointers and strides.
+    aligned = [[["tt.divisibility", 16]], ("*",), ("stride_b", "stride_h", "stride_n", "channels")]
+    attributes = {
+        (i,): aligned[0]
+        for i, name in enumerate(names)
+        if signature[name].startswith(aligned[1]) or name.endswith(aligned[2])
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code.asm["cubin"])
+        file.flush()
+        usage, machine_code = (
+            subprocess.run(
+                [CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    return {
+        "arch": arch,
+        "stack": max(int(size) for size in re.findall(r"STACK:(\d+)", usage)),
+        "registers": max(int(count) for count in re.findall(r"REG:(\d+)", usage)),
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", machine_code)),
+        "instructions": Counter(MATRIX_INSTRUCTION.findall(machine_code)),
+    }
+
+
+def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, Any]:
+    """Compile the attention of the default recipe."""
+    tile = triton_attention.tile_for(head_dim, head_dim)
+    constants = {
+        "CAUSAL": causal,
+        "MASK": "none",
+        "HAS_BIAS": True,
+        "HAS_VALUE_SCALES": False,
+        "HAS_VALUE_MEAN": False,
+        "WANTS_LSE": False,
+        "HAS_LSE_SHIFT": False,
+        "BLOCK_N": tile.rows,
+        "BLOCK_M": tile.keys,
+        "BLOCK_D": head_dim,
+        "BLOCK_DV": head_dim,
+        "EVEN_D": True,
+        "EVEN_DV": True,
+        "QUERY_SPAN": 1,
+        "QUERY_LANE_ROWS": 8,
+        "KEY_SPAN": 1,
+        "KEY_LANE_ROWS": 8,
+        "BASE2": triton_attention.LOG2_E,
+        "NATURAL": triton_attention.LN_2,
+        "LARGEST": triton_attention.FP32_MAX,
+        "key_stride_d": 1,
+        "value_stride_d": 1,
+    }
+    types = dict.fromkeys(("query_scales", "key_scales", "value_scales", "value_mean"), "*fp32")
+    types |= dict.fromkeys(("score_bias", "mask", "lse", "lse_shift"), "*fp32")
+    types |= dict.fromkeys(("query", "key"), "*i8") | dict.fromkeys(("value", "output"), f"*{half}")
+    types |= dict.fromkeys(("magnitude", "sign"), "fp32")
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    kernel = triton_attention._attention_kernel
+    return compile_for(arch, kernel, constants, types, options)
+
+
+def quantize(arch: int, head_dim: int, half: str, span: int) -> dict[str, Any]:
+    """Compile the quantizer of K, per row or per span of rows."""
+    tile = triton_quantize._TILE_ROWS if span == 1 else span
+    constants = {
+        "HAS_MEAN": True,
+        "TILE": tile,
+        "SPAN": span,
+        "LANE_ROWS": 8 if span == 1 else 2,
+        "BLOCK_D": head_dim,
+        "LARGEST": triton_quantize.LARGEST_CODE,
+        "SCALE": triton_quantize.SCALE_OF_AMAX,
+        "FLOOR": triton_quantize.AMAX_FLOOR,
+        "ROUNDER": triton_quantize.ROUND_TO_INTEGER,
+        "INFINITY": triton_quantize.INFINITY_BITS,
+        "stride_d": 1,
+    }
+    types = {"x": f"*{half}", "mean": "*fp32", "codes": "*i8", "scales": "*fp32"}
+    options = triton_quantize.launch_options(tile, head_dim)
+    return compile_for(arch, triton_quantize._rows_kernel, constants, types, options)
+
+
+def main() -> None:
+    """Print what every kernel compiles to on every target."""
+    report = []
+    for arch in TARGETS:
+        for head_dim, half, causal in (
+            (64, "fp16", False),
+            (128, "bf16", True),
+            (256, "bf16", True),
+        ):
+            code = attention(arch, head_dim, half, causal)
+            report.append({"name": f"attention {head_dim} {half}", **code})
+        for span in (1, 64):
+            code = quantize(arch, 128, "bf16", span)
+            report.append({"name": f"quantize {span}", **code})
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The ops on a GPU: ``python -m pytest -n 8 tests/triton/on_gpu.py`` on a machine that has one.
+
+Not collected elsewhere: CI has no GPU, and a skip would read as a pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torch_sage
+from tests.cases import CASES, DTYPES, EMPTY_CASES, AttentionCase, Inputs, make_inputs
+from tests.numerics import Expected, assert_within_budget, expect, relative_l1, same_bits
+from torch_sage import SageConfig, reference
+from torch_sage.ops import triton_quantize
+from torch_sage.recipes import SUPPORT
+
+OPS = torch.ops.torch_sage
+GRANULARITIES = SUPPORT["cuda"].granularity
+ALL_CASES = [c for c in (*CASES, *EMPTY_CASES) if c.granularity in GRANULARITIES]
+ALWAYS = SageConfig(dispatch="always", on_unsupported="error")
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return Inputs(*(x.cuda() if isinstance(x, Tensor) else x for x in inputs))
+
+
+def recipe(case: AttentionCase, pv: str) -> dict[str, str]:
+    return {**case.recipe, "pv": pv}
+
+
+def expected(case: AttentionCase, inputs: Inputs, pv: str) -> Expected:
+    """Return the references, with the kernel's own means: only they are free (algorithm.md 2.1)."""
+    means: dict[str, Any] = {}
+    if "q" in case.smooth:
+        mean = triton_quantize.finite_token_mean(inputs.query.cuda())
+        means["query_mean"] = mean.cpu()
+    if "k" in case.smooth:
+        means["key_mean"] = OPS.quantize_key(inputs.key.cuda())[2].cpu()
+    if "v" in case.smooth:
+        means["value_mean"] = OPS.quantize_value(inputs.value.cuda(), smooth=True)[2].cpu()
+    return expect(*inputs, **recipe(case, pv), **means, tile=64)
+
+
+def assert_right(case: AttentionCase, pv: str) -> None:
+    inputs = make_inputs(case)
+    output, lse = OPS.sdpa_with_lse(*on_gpu(inputs), **recipe(case, pv))
+    assert_within_budget(output.cpu(), expected(case, inputs, pv), lse=lse.cpu())
+    assert same_bits(OPS.sdpa(*on_gpu(inputs), **recipe(case, pv)), output)
+
+
+@pytest.mark.parametrize("pv", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda c: c.id)
+def test_attention_is_within_budget(case: AttentionCase, pv: str) -> None:
+    assert_right(case, pv)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_cases_are_within_budget(seed: int) -> None:
+    """16 times 40 cases; few head dimensions, since each compiles a kernel."""
+    pick = random.Random(seed)
+    head_dim, head_dim_v = pick.choice([(64, 64), (128, 128), (40, 80), (96, 33), (256, 256)])
+    granularity, smooth = pick.choice(GRANULARITIES), pick.choice(SUPPORT["cuda"].smooth)
+    dtype, pv = pick.choice(sorted(DTYPES)), pick.choice(["bf16", "fp16"])
+    for _ in range(40):
+        heads_kv = pick.choice([1, 2, 3])
+        case = AttentionCase(
+            batch=pick.choice([1, 2]),
+            heads_q=heads_kv * pick.choice([1, 2, 4]),
+            heads_kv=heads_kv,
+            seqlen_q=pick.randint(1, 300),
+            seqlen_k=pick.randint(1, 300),
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            causal=pick.choice(["none", "top_left", "bottom_right"]),
+            scale=pick.choice([None, 0.05, -0.1]),
+            granularity=granularity,
+            smooth=smooth,
+            dtype=dtype,
+            layout=pick.choice(["bhsd", "bshd", "sliced", "fused"]),
+        )
+        assert_right(case, pv)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizers_are_bit_exact(granularity: str, dtype: str) -> None:
+    rows: dict[str, Any] = {"granularity": granularity}
+    for n, d in ((1, 8), (77, 80), (1000, 64), (2048, 128), (333, 256)):
+        x = torch.randn(2, 3, n, d).mul(3).to(DTYPES[dtype])
+        x[0, 0, 0] = 0
+        if n > 20:
+            x[0, 1, 5, 3] = torch.nan
+            x[0, 0, 9, 1] = torch.inf
+        pairs = [(OPS.quantize_query(x.cuda(), **rows), reference.quantize_query(x, **rows))]
+        for smooth, block in itertools.product((True, False), (64, 128)):
+            ours = OPS.quantize_key(x.cuda(), smooth=smooth, block=block, **rows)
+            mean = ours[2].cpu() if smooth else None
+            exact = reference.quantize_key(x, mean, smooth=smooth, block=block, **rows)
+            pairs.append((ours, exact))
+        for pv, smooth in itertools.product(("bf16", "fp16"), (True, False)):
+            ours = OPS.quantize_value(x.cuda(), smooth=smooth, pv=pv)
+            mean = ours[2].cpu() if smooth else None
+            pairs.append((ours, reference.quantize_value(x, mean, smooth=smooth, pv=pv)))
+        for actual, exact in pairs:
+            for a, b in zip(actual, exact, strict=True):
+                assert same_bits(a.cpu(), b)
+
+
+def qkv(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(shape, dtype=dtype, device="cuda") for _ in range(3))  # type: ignore[return-value]
+
+
+def test_opcheck() -> None:
+    q, k, v = qkv(1, 2, 70, 64)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(OPS.sdpa.default, (q, k, v), test_utils=tests)
+    torch.library.opcheck(OPS.sdpa_with_lse.default, (q, k, v, None, "top_left"), test_utils=tests)
+    torch.library.opcheck(OPS.quantize_key.default, (k,), test_utils=tests)
+    torch.library.opcheck(OPS.quantize_value.default, (v,), test_utils=tests)
+
+
+def test_two_runs_are_the_same_bits_on_any_stream() -> None:
+    q, k, v = qkv(2, 8, 1000, 128)
+    first = OPS.sdpa(q, k, v)
+    assert same_bits(OPS.sdpa(q, k, v), first)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # whatever ran on another stream would finish too early
+        late_q = q.clone()
+        second = OPS.sdpa(late_q, k, v)
+    stream.synchronize()
+    assert same_bits(second, first)
+
+
+def test_cuda_graph_replays_new_inputs() -> None:
+    q, k, v = qkv(1, 4, 500, 64)
+    OPS.sdpa(q, k, v, None, "top_left")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = OPS.sdpa(q, k, v, None, "top_left")
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        graph.replay()
+    assert torch.cuda.memory_allocated() == before
+    for x in (q, k, v):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert same_bits(captured, OPS.sdpa(q, k, v, None, "top_left"))
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_models_use_the_op(mode: str | None, dynamic: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2) * 2
+
+    torch._dynamo.reset()
+    fast = torch.compile(attend, dynamic=dynamic, options=torch_sage.options(ALWAYS, mode=mode))
+    with torch.no_grad():
+        for n in (256, 300):
+            inputs = qkv(1, 4, n, 64)
+            for _ in range(3):
+                actual = fast(*inputs).clone()
+            assert relative_l1(actual.cpu(), attend(*inputs).cpu()) < 0.02
+    report = torch_sage.report()
+    assert "rewritten" in str(report)
+
+
+def test_eager_api_runs_what_was_measured_to_be_faster() -> None:
+    q, k, v = qkv(1, 8, 4096, 128)
+    assert [r.code.value for r in torch_sage.why_not(q, k, v)] == ["below_crossover"]
+    assert torch_sage.why_not(q, k, v, config=ALWAYS) == ()
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    actual = torch_sage.scaled_dot_product_attention(q, k, v, config=ALWAYS)
+    assert relative_l1(actual.cpu(), exact.cpu()) < 0.02
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """One token every 2**25 elements: 2**32 of them from the first to the last."""
+    tokens, stride = 129, 2**25
+    storage = torch.empty(tokens * stride, dtype=torch.bfloat16, device="cuda")
+    q, k, v = qkv(1, 1, tokens, 64)
+    strided = []
+    for place, x in enumerate((q, k, v)):
+        view = storage.as_strided(x.shape, (0, 0, stride, 1), 64 * place)
+        view.copy_(x)
+        strided.append(view)
+    assert same_bits(OPS.sdpa(*strided), OPS.sdpa(q, k, v))
+
+
+def test_autocast_and_default_half() -> None:
+    q, k, v = qkv(1, 2, 200, 64, dtype=torch.float32)
+    with torch.autocast("cuda", torch.float16):
+        output = torch_sage.scaled_dot_product_attention(q, k, v, config=ALWAYS)
+    assert output.dtype == torch.float16
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert relative_l1(output.float().cpu(), exact.cpu()) < 0.02

@@ -1,0 +1,460 @@
+"""Attention on quantized Q and K in Triton: INT8 Q K^T, P and V in 16 bits, fp32 accumulation.
+
+The portable kernel: for every GPU that Triton compiles for and no kernel of ours is written for.
+FlashAttention's loop over key tiles with an online softmax in base 2 (algorithm.md 2.4).
+
+Source: SageAttention (arXiv 2410.02367), FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_sage.ops.triton_quantize import Groups
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+FP32_MAX = torch.finfo(torch.float32).max
+
+
+class Query(NamedTuple):
+    """Quantized queries."""
+
+    codes: Tensor
+    """[B, Hq, N, D] int8, contiguous."""
+
+    scales: Tensor
+    """[B, Hq, groups] fp32, contiguous."""
+
+    groups: Groups
+
+
+class Keys(NamedTuple):
+    """Quantized keys."""
+
+    codes: Tensor
+    """[B, Hkv, M, D] int8, any strides."""
+
+    scales: Tensor
+    """[B, Hkv, groups] fp32, contiguous."""
+
+    groups: Groups
+
+    score_bias: Tensor | None
+    """[B, Hq, M] fp32, added to the base-2 scores of every row: what smoothing took from Q."""
+
+
+class Values(NamedTuple):
+    """Values, and what undoes their quantization."""
+
+    codes: Tensor
+    """[B, Hkv, M, Dv] bfloat16 or float16, any strides; P takes their dtype."""
+
+    scales: Tensor | None
+    """[B, Hkv, Dv] fp32, or None for 1."""
+
+    mean: Tensor | None
+    """[B, Hkv, Dv] fp32, or None for 0."""
+
+
+@triton.jit
+def _tile_index(row, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr):
+    """Return the scale of each row: ``Groups`` as arithmetic."""
+    return row // SPAN * (8 // LANE_ROWS) + row % 8 // LANE_ROWS
+
+
+@triton.jit
+def _attend(
+    accumulated,
+    total,
+    total_exact,
+    top,
+    query,
+    query_scale,
+    row,
+    first,
+    last,
+    visible,  # [BLOCK_N] keys that each row sees, as the causal diagonal says
+    key,
+    key_stride,
+    key_stride_d,
+    key_scales,
+    value,
+    value_stride,
+    value_stride_d,
+    score_bias,
+    mask,
+    mask_stride_n,
+    mask_stride_m,
+    sign,
+    seqlen_q,
+    seqlen_k,
+    channels,
+    channels_v,
+    HIDES: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WANTS_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_DV: tl.constexpr,
+    KEY_SPAN: tl.constexpr,
+    KEY_LANE_ROWS: tl.constexpr,
+    BASE2: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """Attend to the keys from ``first`` to ``last``; ``HIDES`` if a row does not see them all."""
+    channel = tl.arange(0, BLOCK_D)
+    channel_v = tl.arange(0, BLOCK_DV)
+    for start in range(first, last, BLOCK_M):
+        start = tl.multiple_of(start, BLOCK_M)
+        col = start + tl.arange(0, BLOCK_M)
+        is_key = col < seqlen_k
+        wide_col = col.to(tl.int64)
+        # codes: [BLOCK_D, BLOCK_M], the transpose of K
+        pointers = key + wide_col[None, :] * key_stride + channel[:, None] * key_stride_d
+        if EVEN_D and not HIDES:
+            codes = tl.load(pointers)
+        elif EVEN_D:
+            codes = tl.load(pointers, mask=is_key[None, :], other=0)
+        else:
+            is_code = is_key[None, :] & (channel < channels)[:, None]
+            codes = tl.load(pointers, mask=is_code, other=0)
+        index = _tile_index(col, KEY_SPAN, KEY_LANE_ROWS)
+        key_scale = tl.load(key_scales + index, mask=is_key, other=1.0) * sign
+
+        # The factor of a row is positive, so the maximum may be taken before it is applied, unless
+        # something is added.
+        score = tl.dot(query, codes, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
+        score = score * query_scale[:, None]
+        if HAS_BIAS:
+            score += tl.load(score_bias + col, mask=is_key, other=0.0)[None, :]
+        if MASK != "none":
+            at = (
+                mask + row.to(tl.int64)[:, None] * mask_stride_n + wide_col[None, :] * mask_stride_m
+            )
+            is_score = (row < seqlen_q)[:, None] & is_key[None, :]
+            if MASK == "bool":
+                keep = tl.load(at, mask=is_score, other=0)
+                score = tl.where(keep != 0, score, float("-inf"))
+            else:
+                bias = tl.load(at, mask=is_score, other=0.0).to(tl.float32)
+                # A finite element stays finite: a row of finfo.min is uniform, not hidden.
+                added = tl.minimum(tl.maximum(bias * BASE2, -LARGEST), LARGEST)
+                score += tl.where(bias == float("inf"), bias, added)
+                score = tl.where(bias == float("-inf"), bias, score)
+        if HIDES:
+            score = tl.where(col[None, :] < visible[:, None], score, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+        rescale = tl.exp2(top - origin)
+        weight = tl.exp2(score - origin[:, None])
+        top = new_top
+        rounded = weight.to(value.dtype.element_ty)
+        total = total * rescale + tl.sum(rounded.to(tl.float32), axis=1)
+        if WANTS_LSE:
+            total_exact = total_exact * rescale + tl.sum(weight, axis=1)
+        accumulated = accumulated * rescale[:, None]
+        pointers = value + wide_col[:, None] * value_stride + channel_v[None, :] * value_stride_d
+        if EVEN_DV and not HIDES:
+            values = tl.load(pointers)
+        elif EVEN_DV:
+            values = tl.load(pointers, mask=is_key[:, None], other=0.0)
+        else:
+            is_value = is_key[:, None] & (channel_v < channels_v)[None, :]
+            values = tl.load(pointers, mask=is_value, other=0.0)
+        accumulated = tl.dot(rounded, values, accumulated)
+    return accumulated, total, total_exact, top
+
+
+@triton.jit
+def _attention_kernel(
+    query,  # [B, Hq, N, D] int8, contiguous
+    query_scales,  # [B, Hq, groups] fp32
+    key,  # [B, Hkv, M, D] int8
+    key_scales,  # [B, Hkv, groups] fp32
+    value,  # [B, Hkv, M, Dv]
+    value_scales,  # [B, Hkv, Dv] fp32
+    value_mean,  # [B, Hkv, Dv] fp32
+    score_bias,  # [B, Hq, M] fp32, base-2 units
+    mask,  # [B, Hq, N, M] by strides
+    output,  # [B, Hq, N, Dv]
+    lse,  # [B, Hq, N] fp32
+    lse_shift,  # [B, Hq, N] fp32
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    key_stride_d,
+    value_stride_b,
+    value_stride_h,
+    value_stride_n,
+    value_stride_d,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_m,
+    output_stride_b,
+    output_stride_h,
+    output_stride_n,
+    heads,
+    heads_kv,
+    seqlen_q,
+    seqlen_k,
+    channels,
+    channels_v,
+    query_groups,
+    key_groups,
+    tiles,
+    magnitude,  # |scale| * log2(e)
+    sign,
+    offset,  # row n sees the keys up to n + offset
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_VALUE_SCALES: tl.constexpr,
+    HAS_VALUE_MEAN: tl.constexpr,
+    WANTS_LSE: tl.constexpr,
+    HAS_LSE_SHIFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_DV: tl.constexpr,
+    QUERY_SPAN: tl.constexpr,
+    QUERY_LANE_ROWS: tl.constexpr,
+    KEY_SPAN: tl.constexpr,
+    KEY_LANE_ROWS: tl.constexpr,
+    BASE2: tl.constexpr,
+    NATURAL: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    # Tiles of one head are neighbours, so that they share its keys in the L2 cache; the tiles that
+    # see most keys start first.
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    batch, head_q = head // heads, head % heads
+    head_kv = head_q // (heads // heads_kv)
+    key_head = batch * heads_kv + head_kv
+    row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = row < seqlen_q
+    channel = tl.arange(0, BLOCK_D)
+    channel_v = tl.arange(0, BLOCK_DV)
+
+    codes = tl.load(
+        query
+        + head * seqlen_q * channels
+        + row.to(tl.int64)[:, None] * channels
+        + channel[None, :],
+        mask=is_row[:, None] & (channel < channels)[None, :],
+        other=0,
+    )
+    index = _tile_index(row, QUERY_SPAN, QUERY_LANE_ROWS)
+    query_scale = tl.load(query_scales + head * query_groups + index, mask=is_row, other=0.0)
+    query_scale = query_scale * magnitude
+
+    if CAUSAL:
+        visible = tl.minimum(row + offset + 1, seqlen_k)
+        seen_by_all = tl.maximum(tl.minimum(tile * BLOCK_N + offset + 1, seqlen_k), 0)
+        end = tl.maximum(tl.minimum((tile + 1) * BLOCK_N + offset, seqlen_k), 0)
+    else:
+        visible = tl.full([BLOCK_N], 0, tl.int32) + seqlen_k
+        seen_by_all = seqlen_k
+        end = seqlen_k
+    whole = seen_by_all // BLOCK_M * BLOCK_M
+
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    total_exact = tl.zeros([BLOCK_N], tl.float32)
+    accumulated = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    key += batch * key_stride_b + head_kv * key_stride_h
+    value += batch * value_stride_b + head_kv * value_stride_h
+    mask += batch * mask_stride_b + head_q * mask_stride_h
+    for HIDES in tl.static_range(2):
+        accumulated, total, total_exact, top = _attend(
+            accumulated,
+            total,
+            total_exact,
+            top,
+            codes,
+            query_scale,
+            row,
+            whole if HIDES else 0,
+            end if HIDES else whole,
+            visible,
+            key,
+            key_stride_n,
+            key_stride_d,
+            key_scales + key_head * key_groups,
+            value,
+            value_stride_n,
+            value_stride_d,
+            score_bias + head * seqlen_k,
+            mask,
+            mask_stride_n,
+            mask_stride_m,
+            sign,
+            seqlen_q,
+            seqlen_k,
+            channels,
+            channels_v,
+            HIDES,
+            MASK,
+            HAS_BIAS,
+            WANTS_LSE,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_DV,
+            EVEN_D,
+            EVEN_DV,
+            KEY_SPAN,
+            KEY_LANE_ROWS,
+            BASE2,
+            LARGEST,
+        )
+
+    is_channel = channel_v < channels_v
+    result = accumulated / total[:, None]
+    if HAS_VALUE_SCALES:
+        at = value_scales + key_head * channels_v + channel_v
+        result = result * tl.load(at, mask=is_channel, other=0.0)[None, :]
+    if HAS_VALUE_MEAN:
+        at = value_mean + key_head * channels_v + channel_v
+        result = result + tl.load(at, mask=is_channel, other=0.0)[None, :]
+    result = tl.where((total == 0.0)[:, None], 0.0, result)
+    at = output + batch * output_stride_b + head_q * output_stride_h
+    at += row.to(tl.int64)[:, None] * output_stride_n + channel_v[None, :]
+    tl.store(at, result.to(output.dtype.element_ty), mask=is_row[:, None] & is_channel[None, :])
+    if WANTS_LSE:
+        natural = (top + tl.log2(total_exact)) * NATURAL
+        if HAS_LSE_SHIFT:
+            natural += tl.load(lse_shift + head * seqlen_q + row, mask=is_row, other=0.0)
+        natural = tl.where(total_exact == 0.0, float("-inf"), natural)
+        tl.store(lse + head * seqlen_q + row, natural, mask=is_row)
+
+
+class Tile(NamedTuple):
+    """How one program works: rows, keys a step, warps, and stages of the loads' pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_for(channels: int, channels_v: int) -> Tile:
+    """Return the tile for head dimensions padded to powers of two."""
+    widest = max(channels, channels_v)
+    if widest <= 128:
+        return Tile(128, 64, 8, 3)
+    return Tile(64, 32, 8, 2)
+
+
+def attention(
+    query: Query,
+    keys: Keys,
+    values: Values,
+    output: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    causal: str,
+    scale: float,
+    lse: Tensor | None = None,
+    lse_shift: Tensor | None = None,
+) -> None:
+    """Fill ``output`` [B, Hq, N, Dv] and ``lse`` [B, Hq, N].
+
+    Args:
+        query: quantized queries.
+        keys: quantized keys.
+        values: values in 16 bits.
+        output: uninitialised, with unit stride of the last dimension.
+        attn_mask: bool or float, broadcasts to [B, Hq, N, M].
+        causal: "none", "top_left" or "bottom_right".
+        scale: softmax scale of any sign.
+        lse: uninitialised fp32 [B, Hq, N], or None if it is not wanted.
+        lse_shift: fp32 [B, Hq, N] added to the natural-log LSE.
+    """
+    b, heads, n, d = query.codes.shape
+    heads_kv, m = keys.codes.shape[1:3]
+    dv = values.codes.shape[3]
+    # An int8 product needs 32 channels, a 16-bit one 16 columns.
+    block_d = max(32, triton.next_power_of_2(d))
+    block_dv = max(16, triton.next_power_of_2(dv))
+    tile = tile_for(block_d, block_dv)
+    tiles = triton.cdiv(n, tile.rows)
+    if b * heads * tiles == 0:
+        return
+    mask_kind, mask = "none", query.codes
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if attn_mask is not None:
+        mask = attn_mask.expand(b, heads, n, m)
+        mask_strides = mask.stride()
+        mask_kind = "bool" if mask.dtype == torch.bool else "float"
+        if mask_kind == "bool":
+            mask = mask.view(torch.uint8)
+    arguments: dict[str, Any] = {
+        "CAUSAL": causal != "none",
+        "MASK": mask_kind,
+        "HAS_BIAS": keys.score_bias is not None,
+        "HAS_VALUE_SCALES": values.scales is not None,
+        "HAS_VALUE_MEAN": values.mean is not None,
+        "WANTS_LSE": lse is not None,
+        "HAS_LSE_SHIFT": lse_shift is not None,
+        "BLOCK_N": tile.rows,
+        "BLOCK_M": tile.keys,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "EVEN_D": block_d == d,
+        "EVEN_DV": block_dv == dv,
+        "QUERY_SPAN": query.groups.span,
+        "QUERY_LANE_ROWS": query.groups.lane_rows,
+        "KEY_SPAN": keys.groups.span,
+        "KEY_LANE_ROWS": keys.groups.lane_rows,
+        "BASE2": LOG2_E,
+        "NATURAL": LN_2,
+        "LARGEST": FP32_MAX,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    unused = query.scales
+    _attention_kernel[(b * heads * tiles,)](
+        query.codes,
+        query.scales,
+        keys.codes,
+        keys.scales,
+        values.codes,
+        unused if values.scales is None else values.scales,
+        unused if values.mean is None else values.mean,
+        unused if keys.score_bias is None else keys.score_bias,
+        mask,
+        output,
+        unused if lse is None else lse,
+        unused if lse_shift is None else lse_shift,
+        *keys.codes.stride(),
+        *values.codes.stride(),
+        *mask_strides,
+        *output.stride()[:3],
+        heads,
+        heads_kv,
+        n,
+        m,
+        d,
+        dv,
+        query.scales.shape[2],
+        keys.scales.shape[2],
+        tiles,
+        abs(scale) * LOG2_E,
+        -1.0 if scale < 0 else 1.0,
+        m - n if causal == "bottom_right" else 0,
+        **arguments,
+    )
