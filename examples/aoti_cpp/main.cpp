@@ -22,13 +22,14 @@ at::Tensor read_photograph(const std::string& path) {
 }
 
 void run(const std::string& library, const std::string& package, const std::string& photograph) {
-  // Defines torch_sage::sdpa and its kernels, which the package calls; before the package is loaded.
+  // Defines torch_sage::sdpa, which the package calls; it must be there when the package is loaded.
   if (dlopen(library.c_str(), RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
 
   const c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(package);
-  const at::Tensor tokens = model.run({read_photograph(photograph)}).at(0);  // [1, 1 + patches, 384]
-  const at::Tensor features = tokens.select(1, 0).contiguous();              // of the class token
+  // The class token of [1, 1 + patches, 384].
+  const at::Tensor features =
+      model.run({read_photograph(photograph)}).at(0).select(1, 0).contiguous();
   for (int64_t i = 0; i < features.numel(); ++i) {
     std::printf("%.9g\n", features.const_data_ptr<float>()[i]);
   }

@@ -1,11 +1,13 @@
 """Run in a process of its own: compile one model, print what the caches and the passes did.
 
-Usage: python cache_probe.py SETTING, with SETTING one of off, on, other (another configuration),
-scoped (options), foreign (next to a user's pass with a uuid), plain (next to a bare callable).
+Usage: python cache_probe.py SETTING [save FILE | load FILE], with SETTING one of off, on, other
+(another configuration), scoped (options), foreign (next to a user's pass with a uuid), plain (next
+to a bare callable); FILE has torch.compiler's cache artifacts.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +53,11 @@ class Model(torch.nn.Module):
         return self.second(self.first(q, k), k)
 
 
-def main(setting):
+def main(setting, action=None, file=None):
     """Compile under ``setting``."""
     options = None
+    if action == "load":
+        assert torch.compiler.load_cache_artifacts(Path(file).read_bytes()) is not None
     if setting == "scoped":
         options = torch_sage.options(ALWAYS)
     elif setting == "other":
@@ -70,6 +74,9 @@ def main(setting):
     model.second.eval()
     with torch.no_grad():
         out = torch.compile(model, options=options)(q, k)
+    if action == "save":
+        artifacts, _ = torch.compiler.save_cache_artifacts()
+        Path(file).write_bytes(artifacts)
     report = torch_sage.report().to_dict()
     result = {
         "autograd": dict(counters["aot_autograd"]),
@@ -82,4 +89,4 @@ def main(setting):
     sys.stdout.write("RESULT " + json.dumps(result) + "\n")
 
 
-main(sys.argv[1])
+main(*sys.argv[1:])

@@ -18,10 +18,10 @@ REPOSITORY = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("cache_probe.py")
 
 
-def probe(setting, cache, repository=REPOSITORY, **env):
+def probe(setting, cache, *artifacts, repository=REPOSITORY, **env):
     """Compile in a fresh process that has only ``cache`` in common with others."""
     process = subprocess.run(
-        [sys.executable, str(PROBE), setting],
+        [sys.executable, str(PROBE), setting, *artifacts],
         env={
             **os.environ,
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
@@ -97,6 +97,34 @@ def test_foreign_passes_keep_their_cacheability(cache):
     assert outcome(plain) == "miss"
     assert plain["inductor"]["fxgraph_cache_bypass"] == 1
     assert plain["report"]["rewritten"] == 3
+
+
+@pytest.mark.slow
+def test_artifacts_carry_the_cache_to_another_machine(tmp_path):
+    """torch's mega-cache: one file, loaded into a process whose cache is empty."""
+    file = str(tmp_path / "artifacts")
+    # Headers compiled ahead take longer than what they save in an empty cache.
+    fast = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+    cold = probe("on", tmp_path / "here", "save", file, **fast)
+    assert outcome(cold) == "miss"
+    warm = probe("on", tmp_path / "there", "load", file, **fast)
+    assert outcome(warm) == "autograd hit"
+    assert warm["report"] == cold["report"]
+    assert warm["report"]["rewritten"] == 3
+
+
+@pytest.mark.slow
+def test_other_kernels_and_another_version_miss(cache, tmp_path):
+    package = shutil.copytree(REPOSITORY / "torch_sage", tmp_path / "torch_sage")
+    probe("on", cache, repository=tmp_path)
+    with (package / "libtorch_sage.so").open("ab") as file:
+        file.write(b"\0")
+    assert outcome(probe("on", cache, repository=tmp_path)) == "miss"
+    source = package / "__init__.py"
+    text = source.read_text()
+    assert text.count("__version__ = ") == 1
+    source.write_text(text.replace("__version__ = ", '__version__ = "9" + '))
+    assert outcome(probe("on", cache, repository=tmp_path)) == "miss"
 
 
 def test_uuid_is_the_same_in_another_checkout(tmp_path):
