@@ -1,13 +1,14 @@
 """DTensor sharding rules: the ops run shard by shard where batch or heads are sharded.
 
 Attention of one batch entry and one head needs no other, so a mesh dimension may shard the batch of
-all operands, or the heads of all of them; everything else is gathered first. DTensor itself refuses
-a rule that does not divide every operand evenly: with grouped heads that means the key's.
+all operands, or the heads of all of them; everything else is gathered first. With grouped heads the
+key's must divide evenly, or query heads would part from theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +35,8 @@ def register_cpu_sdpa_sharding() -> None:
     """Let torch's own SDPA on CPU take DTensors, as it does on GPUs; compiled, it becomes ours.
 
     torch has no rule for its CPU kernel up to 2.13: ``F.scaled_dot_product_attention`` of DTensors
-    on CPU is an error. A rule that torch has, or someone registered before, stays. The backward
-    pass has none. A mask must be replicated.
+    on CPU is an error, or half a minute's search for one among decompositions. A rule that is there
+    already stays. The backward pass has none. A mask must be replicated.
     """
     if _CPU_SDPA not in _propagator().op_strategy_funcs:
         _register(_CPU_SDPA)
@@ -43,10 +44,12 @@ def register_cpu_sdpa_sharding() -> None:
 
 def _register(op: torch._ops.OpOverload[..., Any]) -> None:
     register_sharding(op)(_rule(op))
+    propagator = _propagator()
+    propagator.op_strategy_funcs[op] = _keep_groups(propagator.op_strategy_funcs[op])
     # What DTensor remembers of an op's results it looks up by tensors and integers only; dtypes and
     # sizes of codes and scales, and strides, depend on the recipe, which comes in strings.
-    schemas = _propagator().op_to_schema_info
     keywords = [argument.name for argument in op._schema.arguments if argument.kwarg_only]
+    schemas = propagator.op_to_schema_info
     schemas[op] = replace(schemas[op], static_kwargkey=keywords)
 
 
@@ -80,6 +83,33 @@ def _lies_as(arg: Any, wanted: Placement | None) -> bool:
     return wanted is None or (
         isinstance(wanted, Replicate) and all(p.is_replicate() for p in arg.placements)
     )
+
+
+def _keep_groups(strategy: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return ``strategy`` without the ways to shard that part query heads from their key's.
+
+    Rules speak of one mesh dimension; how many shards there are shows when they are combined.
+    """
+
+    def filtered(schema: Any) -> Any:
+        found = strategy(schema)
+        found.strategies = [way for way in found.strategies if _keeps_groups(way.input_specs)]
+        return found
+
+    return filtered
+
+
+def _keeps_groups(operands: Sequence[Any]) -> bool:
+    heads = {spec.tensor_meta.shape[HEADS] for spec in operands[:2]}  # query and key, if any
+    if len(heads) == 1:
+        return True
+    spec = operands[1]
+    shards = [
+        size
+        for size, placement in zip(spec.mesh.shape, spec.placements, strict=True)
+        if placement.is_shard(HEADS)
+    ]
+    return bool(spec.tensor_meta.shape[HEADS] % math.prod(shards) == 0)
 
 
 def _placement(name: str, arg: Any, axis: int | None) -> Placement | None:

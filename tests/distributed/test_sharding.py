@@ -1,0 +1,272 @@
+"""DTensor: the ops under sharding rules, and models under tensor parallelism and FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import torch_sage
+from tests.distributed.launch import launch
+from tests.numerics import relative_l1, same_bits
+from torch_sage import SageConfig, _extension, ops
+
+pytestmark = pytest.mark.skipif(
+    not _extension.is_available(), reason=_extension.unavailable_reason() or ""
+)
+ALWAYS = SageConfig(dispatch="always")
+GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
+MASKS = [(130, 130), (1, 130), (4, 130, 130), (1, 1, 130), (2, 1, 130, 130), (2, 4, 1, 130)]
+
+
+def operands(heads: int = 4, heads_kv: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, h, 130, 16, generator=generator) for h in (heads, heads_kv, heads_kv)]
+
+
+def run_sharded(
+    op: Callable[..., Any], mesh: DeviceMesh, placements: list[Any], *args: Any, **kwargs: Any
+) -> list[str]:
+    """Call an op on DTensors; return where the results lie, or how they differ from plain ones."""
+    sharded = [
+        distribute_tensor(arg, mesh, placements) if isinstance(arg, Tensor) else arg for arg in args
+    ]
+    found = []
+    results, plain = op(*sharded, **kwargs), op(*args, **kwargs)
+    if isinstance(plain, Tensor):
+        results, plain = (results,), (plain,)
+    for result, expected in zip(results, plain, strict=True):
+        assert isinstance(result, DTensor)
+        same = (
+            result.shape == expected.shape
+            and result.dtype == expected.dtype
+            and result.stride() == expected.stride()
+            and same_bits(result.full_tensor(), expected)
+        )
+        found.append(str(list(result.placements)) if same else f"differs from {expected.shape}")
+    return found
+
+
+def on_axis(mesh: DeviceMesh, axis: int) -> dict[str, list[str]]:
+    """Every op with all operands sharded along batch (0) or heads (1)."""
+    q, k, v = operands()
+    lies = [Shard(axis)]
+    found: dict[str, list[str]] = {}
+    for granularity in GRANULARITIES:
+        rows = {"granularity": granularity}
+        keys, values = ops.quantize_key(k, **rows), ops.quantize_value(v, smooth=True)
+        cases: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "quantize_query": (ops.quantize_query, (q,)),
+            "quantize_key": (ops.quantize_key, (k, k.mean(2))),
+            "sdpa": (ops.sdpa, (q, k, v, None, "top_left")),
+            "sdpa_with_lse": (ops.sdpa_with_lse, (q, k, v)),
+            "attention": (ops.attention, (q, *keys, *values)),
+            "attention_with_lse": (ops.attention_with_lse, (q, *keys, *values, None, "top_left")),
+        }
+        for name, (op, args) in cases.items():
+            found[f"{name} {granularity}"] = run_sharded(op, mesh, lies, *args, **rows)
+    for smooth in (False, True):
+        found[f"quantize_value {smooth}"] = run_sharded(
+            ops.quantize_value, mesh, lies, v, smooth=smooth
+        )
+    for order in ("bhsd", "bshd"):
+        found[f"sdpa {order}"] = run_sharded(ops.sdpa, mesh, lies, q, k, v, output_order=order)
+    return found
+
+
+def heads(mesh: DeviceMesh) -> dict[tuple[int, int], list[str]]:
+    """Numbers of query and key heads, all sharded along heads."""
+    return {
+        counts: run_sharded(ops.sdpa, mesh, [Shard(1)], *operands(*counts))
+        for counts in ((4, 4), (4, 2), (4, 1), (6, 3), (3, 3))
+    }
+
+
+def masks(op: Callable[..., Any], mesh: DeviceMesh) -> dict[tuple[tuple[int, ...], int], str]:
+    """Replicated masks of every broadcast shape beside operands sharded along batch or heads."""
+    found = {}
+    q, k, v = operands()
+    for shape in MASKS:
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
+        for axis in (0, 1):
+            sharded = [distribute_tensor(x, mesh, [Shard(axis)]) for x in (q, k, v)]
+            result = op(*sharded, distribute_tensor(mask, mesh, [Replicate()]))
+            same = torch.equal(result.full_tensor(), op(q, k, v, mask))
+            found[shape, axis] = str(list(result.placements)) if same else "differs"
+    return found
+
+
+def torch_sdpa(*args: Any) -> Any:
+    return F.scaled_dot_product_attention(*args, enable_gqa=True)
+
+
+def torch_sdpa_of_sharded_mask(mesh: DeviceMesh) -> str:
+    mask = distribute_tensor(torch.ones(2, 1, 130, 130, dtype=torch.bool), mesh, [Shard(0)])
+    try:
+        torch_sdpa(*(distribute_tensor(x, mesh, [Shard(1)]) for x in operands()), mask)
+    except (NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return "accepted"
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, -1, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(output.transpose(1, 2).reshape(b, n, -1))
+
+
+def tensor_parallel(net: nn.Module, mesh: DeviceMesh, local: bool) -> nn.Module:
+    for layer in net:
+        columns = {name: ColwiseParallel(use_local_output=local) for name in "qkv"}
+        rows = {"o": RowwiseParallel(input_layouts=Shard(-1))}
+        parallelize_module(layer, mesh, {**columns, **rows})
+    return net
+
+
+def fully_sharded(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    for layer in net:
+        layer.compile(fullgraph=True)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def models(mesh: DeviceMesh) -> dict[str, tuple[float, float, int]]:
+    """Error of each model and of the unsplit one, and how many nodes were rewritten."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Attention(), Attention()).eval(), torch.randn(2, 130, 64)
+    exact = net(x)
+    unsplit = relative_l1(torch_sage.sage(ALWAYS)(copy.deepcopy(net))(x), exact)
+    found = {}
+
+    def check(name: str, forward: Callable[[Tensor], Tensor]) -> None:
+        torch._dynamo.reset()
+        before = torch_sage.report().rewritten
+        with torch_sage.enable(ALWAYS):
+            error = relative_l1(forward(x), exact)
+        found[name] = (error, unsplit, torch_sage.report().rewritten - before)
+
+    eager = tensor_parallel(copy.deepcopy(net), mesh, local=True)
+    check("tensor parallel, eager", torch_sage.sage(ALWAYS)(eager))
+    for local in (True, False):
+        parallel = tensor_parallel(copy.deepcopy(net), mesh, local)
+        name = f"tensor parallel, {'local' if local else 'DTensor'}"
+        check(name, torch.compile(parallel, fullgraph=True))
+    check("FSDP2", fully_sharded(copy.deepcopy(net), mesh))
+    return found
+
+
+def work(rank: int, size: int, cache: str) -> dict[str, Any]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    # Plain loops around the ops will do; to find out what else the compiler can takes 8 s.
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+    mesh = init_device_mesh("cpu", (size,))
+    grid = init_device_mesh("cpu", (1, size))
+    torch_sage.distributed.register_cpu_sdpa_sharding()
+    with torch.no_grad():
+        q, k, v = operands()
+        return {
+            "axes": [on_axis(mesh, axis) for axis in (0, 1)],
+            "grid": run_sharded(ops.sdpa, grid, [Shard(0), Shard(1)], q, k, v),
+            "heads": heads(mesh),
+            "masks": masks(ops.sdpa, mesh),
+            "torch": masks(torch_sdpa, mesh),
+            "torch, sharded mask": torch_sdpa_of_sharded_mask(mesh),
+            "models": models(mesh),
+        }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp("sharding")
+    first, second = launch(work, 2, folder, str(folder))
+    models = first.pop("models"), second.pop("models")
+    assert first == second
+    return {**first, "models": models}
+
+
+def lies(axis: int | None) -> str:
+    return str([Replicate() if axis is None else Shard(axis)])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_op_runs_shard_by_shard(found: dict[str, Any], axis: int) -> None:
+    """The recipe decides the sizes of the scales, so DTensor must not remember another one's."""
+    results = found["axes"][axis]
+    assert len(results) == 6 * len(GRANULARITIES) + 4
+    assert {placement for result in results.values() for placement in result} == {lies(axis)}
+
+
+def test_two_mesh_dimensions_shard_batch_and_heads(found: dict[str, Any]) -> None:
+    assert found["grid"] == [str([Shard(0), Shard(1)])]
+
+
+def test_heads_stay_sharded_where_those_of_keys_divide(found: dict[str, Any]) -> None:
+    assert found["heads"] == {
+        (4, 4): [lies(1)],
+        (4, 2): [lies(1)],
+        (4, 1): [lies(None)],
+        (6, 3): [lies(None)],
+        (3, 3): [lies(1)],
+    }
+
+
+def test_masks_are_sharded_as_they_broadcast(found: dict[str, Any]) -> None:
+    assert found["masks"] == {(shape, axis): lies(axis) for shape in MASKS for axis in (0, 1)}
+
+
+def test_torch_sdpa_on_cpu_takes_dtensors(found: dict[str, Any]) -> None:
+    """DTensor moves no keyword argument: what a mask would have to be cut for is gathered."""
+    for (shape, axis), result in found["torch"].items():
+        assert result != "differs"
+        if len(shape) == 3:
+            continue  # torch's math, of matmul and softmax, which has rules
+        full = (1,) * (4 - len(shape)) + shape
+        assert result in [lies(None), *(lies(own) for own in (0, 1) if full[own] == 1)]
+        assert full[axis] != 1 or result == lies(axis)
+
+
+def test_torch_sdpa_on_cpu_refuses_a_sharded_mask(found: dict[str, Any]) -> None:
+    assert "attn_mask must be replicated" in found["torch, sharded mask"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rewritten"),
+    [
+        ("tensor parallel, eager", 0),  # sage() calls the op itself
+        ("tensor parallel, local", 2),
+        ("tensor parallel, DTensor", 2),
+        ("FSDP2", 1),  # compiled layer by layer, and both layers share one graph
+    ],
+)
+def test_models_run_quantized(found: dict[str, Any], name: str, rewritten: int) -> None:
+    """Sums in another order flip codes, so the error is another one, and of the same size."""
+    for models in found["models"]:
+        error, unsplit, nodes = models[name]
+        assert nodes == rewritten
+        assert unsplit / 2 < error < 2 * unsplit
+
+
+def test_group_is_gone_afterwards(found: dict[str, Any]) -> None:
+    assert not dist.is_initialized()
