@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(
 ALWAYS = SageConfig(dispatch="always")
 GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
 MASKS = [(130, 130), (1, 130), (4, 130, 130), (1, 1, 130), (2, 1, 130, 130), (2, 4, 1, 130)]
+# A mask of three dimensions makes torch 2.11 flatten sharded ones, which its DTensor refuses.
+TORCH_MASKS = [shape for shape in MASKS if len(shape) != 3]
 
 
 def operands(heads: int = 4, heads_kv: int = 2) -> list[Tensor]:
@@ -98,11 +100,13 @@ def heads(mesh: DeviceMesh) -> dict[tuple[int, int], list[str]]:
     }
 
 
-def masks(op: Callable[..., Any], mesh: DeviceMesh) -> dict[tuple[tuple[int, ...], int], str]:
+def masks(
+    op: Callable[..., Any], mesh: DeviceMesh, shapes: list[tuple[int, ...]]
+) -> dict[tuple[tuple[int, ...], int], str]:
     """Replicated masks of every broadcast shape beside operands sharded along batch or heads."""
     found = {}
     q, k, v = operands()
-    for shape in MASKS:
+    for shape in shapes:
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
         for axis in (0, 1):
             sharded = [distribute_tensor(x, mesh, [Shard(axis)]) for x in (q, k, v)]
@@ -190,8 +194,8 @@ def work(rank: int, size: int, cache: str) -> dict[str, Any]:
             "axes": [on_axis(mesh, axis) for axis in (0, 1)],
             "grid": run_sharded(ops.sdpa, grid, [Shard(0), Shard(1)], q, k, v),
             "heads": heads(mesh),
-            "masks": masks(ops.sdpa, mesh),
-            "torch": masks(torch_sdpa, mesh),
+            "masks": masks(ops.sdpa, mesh, MASKS),
+            "torch": masks(torch_sdpa, mesh, TORCH_MASKS),
             "torch, sharded mask": torch_sdpa_of_sharded_mask(mesh),
             "models": models(mesh),
         }
@@ -240,8 +244,6 @@ def test_torch_sdpa_on_cpu_takes_dtensors(found: dict[str, Any]) -> None:
     """DTensor moves no keyword argument: what a mask would have to be cut for is gathered."""
     for (shape, axis), result in found["torch"].items():
         assert result != "differs"
-        if len(shape) == 3:
-            continue  # torch's math, of matmul and softmax, which has rules
         full = (1,) * (4 - len(shape)) + shape
         assert result in [lies(None), *(lies(own) for own in (0, 1) if full[own] == 1)]
         assert full[axis] != 1 or result == lies(axis)
