@@ -14,6 +14,7 @@ SPOKEN = {
     "torch_compile": "4 attention nodes rewritten, 0 skipped",
     "export_aoti": "1 attention nodes rewritten, 1 skipped",
     "per_module": "quantized: ['layer1', 'layer2']",
+    "ring_attention": "all-to-all over 2",
 }
 
 
