@@ -43,13 +43,17 @@ struct Request {
   bool wants_lse;
 };
 
+struct Query {
+  const int8_t* codes;      // [b, h, n, row_bytes]
+  const float* row_scales;  // [b, h, n]
+  const float* score_bias;  // [b, h, m] what smoothing took from the base-2 scores; null: nothing
+};
+
 struct Keys {
   const int8_t* codes;      // [b, h, m, row_bytes]
   const float* row_scales;  // [b, h, m]
   const float* mean;        // [b, h, d]; null where none was subtracted
   int64_t heads, rows;
-  const float* query_mean;  // [b, h_q, d] to subtract from the queries; null: none
-  const float* score_bias;  // [b, h_q, m] what that takes from the base-2 scores; null: nothing
 };
 
 struct Values {
@@ -104,17 +108,12 @@ double softmax_scale(const FloatOperand& q, const Request& request) {
   return request.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.columns)));
 }
 
-// Any vector may be subtracted from the queries of a head. Where a row is not finite, the others
-// must not suffer from it: such a channel keeps its values.
-void query_token_mean(const FloatOperand& q, float* mean) {
-  token_mean(q, mean);
-  for (int64_t i = 0; i < q.batch * q.heads * q.columns; ++i) {
-    if (!std::isfinite(mean[i])) mean[i] = 0.0f;
-  }
+Groups query_groups(const FloatOperand& q, Granularity granularity) {
+  return query_groups(granularity, q.rows, kQueryBlock, kQueryWarp);
 }
 
-Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
-              Granularity granularity, const Request& request) {
+Result attend(const FloatOperand& q, const Query& query, const Keys& keys, const Values& values,
+              const Request& request) {
   CpuAttentionParams params{};
   params.batch = q.batch;
   params.heads_q = q.heads;
@@ -123,22 +122,17 @@ Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
   params.seqlen_k = keys.rows;
   params.head_dim_v = values.columns;
   params.row_bytes = row_bytes(q.columns);
+  params.query_codes = query.codes;
+  params.query_scales = query.row_scales;
   params.key_codes = keys.codes;
   params.key_scales = keys.row_scales;
   params.value = values.codes;
   params.value_scales = values.scales;
   params.value_mean = values.mean;
-  params.score_bias = keys.score_bias;
+  params.score_bias = query.score_bias;
   params.causal = request.causal;
   const double scale = softmax_scale(q, request);
   params.scale = static_cast<float>(scale);
-
-  const Scratch<int8_t> codes({q.batch, q.heads, q.rows, params.row_bytes});
-  const Scratch<float> scales({q.batch, q.heads, q.rows});
-  const Groups groups = query_groups(granularity, q.rows, kQueryBlock, kQueryWarp);
-  quantize_rows(q, keys.query_mean, groups, {codes.get(), params.row_bytes, nullptr, scales.get()});
-  params.query_codes = codes.get();
-  params.query_scales = scales.get();
 
   std::optional<Mask> mask;
   if (request.attn_mask.has_value()) {
@@ -169,7 +163,9 @@ Result attend(const FloatOperand& q, const Keys& keys, const Values& values,
     params.lse = static_cast<float*>(result.lse->mutable_data_ptr());
     if (keys.mean != nullptr) {
       lse_shift.emplace(std::initializer_list<int64_t>{q.batch, q.heads, q.rows});
-      dot_key_mean(q, keys.mean, keys.heads, scale, lse_shift->get());
+      Tasks tasks;
+      dot_key_mean(tasks, q, keys.mean, keys.heads, scale, lse_shift->get());
+      tasks.run();
       params.lse_shift = lse_shift->get();
     }
   }
@@ -191,39 +187,59 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   check_same("key", "head_dim", "query", q.columns, k.columns);
   check_heads(q.heads, k.heads, "key");
 
-  const int64_t bytes = row_bytes(k.columns);
+  // Three parallel regions in all, as each costs most on a busy machine: means, codes, attention.
+  const Scratch<float> query_mean({q.batch, q.heads, q.columns});
   const Scratch<float> key_mean({k.batch, k.heads, k.columns});
+  const Scratch<float> value_mean({v.batch, v.heads, v.columns});
+  TokenMean mean_of_query(q), mean_of_key(k), mean_of_value(v);
+  Tasks means;
+  if (smooth.query) mean_of_query.add_to(means);
+  if (smooth.key) mean_of_key.add_to(means);
+  if (smooth.value) mean_of_value.add_to(means);
+  means.run();
+  if (smooth.query) {
+    mean_of_query.finish(query_mean.get());
+    // Any vector may be subtracted from the queries of a head. Where a row is not finite, the
+    // others must not suffer from it: such a channel keeps its values.
+    for (float& mean : query_mean) {
+      if (!std::isfinite(mean)) mean = 0.0f;
+    }
+  }
+  if (smooth.key) mean_of_key.finish(key_mean.get());
+  if (smooth.value) {
+    mean_of_value.finish(value_mean.get());
+  } else {
+    std::fill(value_mean.begin(), value_mean.end(), 0.0f);
+  }
+
+  const int64_t bytes = row_bytes(k.columns);
+  const Scratch<int8_t> query_codes({q.batch, q.heads, q.rows, bytes});
+  const Scratch<float> query_scales({q.batch, q.heads, q.rows});
+  const Scratch<float> score_bias({q.batch, q.heads, k.rows});
   const Scratch<int8_t> key_codes({k.batch, k.heads, k.rows, bytes});
   const Scratch<float> key_scales({k.batch, k.heads, k.rows});
-  if (smooth.key) token_mean(k, key_mean.get());
-  Keys keys{key_codes.get(), key_scales.get(), smooth.key ? key_mean.get() : nullptr,
-            k.heads,         k.rows,           nullptr,
-            nullptr};
-  quantize_rows(k, keys.mean, key_groups(granularity, k.rows, kKeyBlock),
-                {key_codes.get(), bytes, nullptr, key_scales.get()});
-
-  const Scratch<float> query_mean({q.batch, q.heads, q.columns});
-  const Scratch<float> score_bias({q.batch, q.heads, k.rows});
-  if (smooth.query) {
-    query_token_mean(q, query_mean.get());
-    dot_query_mean(k, keys.mean, query_mean.get(), q.heads, softmax_scale(q, request) * kLog2E,
-                   score_bias.get());
-    keys.query_mean = query_mean.get();
-    keys.score_bias = score_bias.get();
-  }
-
-  const int64_t channels = v.batch * v.heads * v.columns;
   const Scratch<uint16_t> value_codes({v.batch, v.heads, v.rows, v.columns});
-  const Scratch<float> value_scales({channels});
-  const Scratch<float> value_mean({channels});
-  if (smooth.value) {
-    token_mean(v, value_mean.get());
-  } else {
-    std::fill_n(value_mean.get(), channels, 0.0f);
+  const Scratch<float> value_scales({v.batch, v.heads, v.columns});
+  const Query query_operand{query_codes.get(), query_scales.get(),
+                            smooth.query ? score_bias.get() : nullptr};
+  const Keys keys{key_codes.get(), key_scales.get(), smooth.key ? key_mean.get() : nullptr, k.heads,
+                  k.rows};
+  Tasks quantize;
+  quantize_rows(quantize, k, keys.mean, key_groups(granularity, k.rows, kKeyBlock),
+                {key_codes.get(), bytes, nullptr, key_scales.get()});
+  if (smooth.query) {
+    dot_query_mean(quantize, k, keys.mean, query_mean.get(), q.heads,
+                   softmax_scale(q, request) * kLog2E, score_bias.get());
   }
-  round_values(v, smooth.value ? value_mean.get() : nullptr, value_codes.get(), value_scales.get());
+  quantize_rows(quantize, q, smooth.query ? query_mean.get() : nullptr,
+                query_groups(q, granularity),
+                {query_codes.get(), bytes, nullptr, query_scales.get()});
+  RoundedValues rounded(v, value_codes.get());
+  rounded.add_to(quantize, smooth.value ? value_mean.get() : nullptr);
+  quantize.run();
+  rounded.finish(value_scales.get());
   const Values values{value_codes.get(), value_scales.get(), value_mean.get(), v.columns};
-  return attend(q, keys, values, granularity, request);
+  return attend(q, query_operand, keys, values, request);
 }
 
 Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
@@ -260,15 +276,16 @@ Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tens
     expand_scales(fp32(scales), groups, k.batch * k.heads, k.rows, row_scales->get());
   }
   const Keys keys{padded ? padded->get() : reinterpret_cast<const int8_t*>(k.data),
-                  row_scales ? row_scales->get() : fp32(scales),
-                  fp32(mean),
-                  k.heads,
-                  k.rows,
-                  nullptr,
-                  nullptr};
+                  row_scales ? row_scales->get() : fp32(scales), fp32(mean), k.heads, k.rows};
   const Values values{static_cast<const uint16_t*>(dense_value.const_data_ptr()), fp32(v_scales),
                       fp32(v_mean), v.columns};
-  return attend(q, keys, values, granularity, request);
+  const Scratch<int8_t> query_codes({q.batch, q.heads, q.rows, bytes});
+  const Scratch<float> query_scales({q.batch, q.heads, q.rows});
+  Tasks tasks;
+  quantize_rows(tasks, q, nullptr, query_groups(q, granularity),
+                {query_codes.get(), bytes, nullptr, query_scales.get()});
+  tasks.run();
+  return attend(q, {query_codes.get(), query_scales.get(), nullptr}, keys, values, request);
 }
 
 }  // namespace

@@ -78,14 +78,18 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(std::initializer_list<int64_t> sizes)
-      : data_(static_cast<T*>(::operator new(byte_count(sizes, sizeof(T)), kAlignment))) {}
+      : count_(byte_count(sizes, sizeof(T)) / sizeof(T)),
+        data_(static_cast<T*>(::operator new(count_ * sizeof(T), kAlignment))) {}
   T* get() const { return data_.get(); }
+  T* begin() const { return data_.get(); }
+  T* end() const { return data_.get() + count_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
   struct Free {
     void operator()(T* data) const { ::operator delete(data, kAlignment); }
   };
+  size_t count_;
   std::unique_ptr<T, Free> data_;
 };
 

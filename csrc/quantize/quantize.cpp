@@ -18,26 +18,7 @@ using torch::stable::Tensor;
 // few enough that a head of 1024 rows keeps several threads busy.
 constexpr int64_t kTaskRows = 256;
 
-int64_t tasks_per_head(int64_t rows, int64_t task_rows) {
-  return rows / task_rows + (rows % task_rows != 0);
-}
-
-// Calls body(b, h, task, first row, rows) for every task of every head of x. A body must not throw:
-// torch 2.11 would report that its threads failed, and nothing more.
-template <typename Body>
-void for_each_task(const Operand& x, int64_t task_rows, const Body& body) {
-  const int64_t per_head = tasks_per_head(x.rows, task_rows);
-  const int64_t tasks = x.batch * x.heads * per_head;
-  // At least 32 Ki elements a thread: below that waking it takes longer than the work.
-  const int64_t grain = std::max<int64_t>(1, 32768 / (std::min(task_rows, x.rows + 1) * x.columns));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / per_head;
-      const int64_t first = i % per_head * task_rows;
-      body(head / x.heads, head % x.heads, i, first, std::min(task_rows, x.rows - first));
-    }
-  });
-}
+int64_t tasks_per_head(int64_t rows) { return rows / kTaskRows + (rows % kTaskRows != 0); }
 
 void check_groups(int64_t block, int64_t warp) {
   check(block > 0 && block % 8 == 0, "block must be a positive multiple of 8, got ", block);
@@ -52,7 +33,11 @@ Tensor mean_of(const FloatOperand& x, const std::optional<Tensor>& given, bool s
     check(smooth, "mean must be None when smooth is False, got a tensor");
     torch::stable::copy_(mean, read_fp32("mean", *given, {x.batch, x.heads, x.columns}));
   } else if (smooth) {
-    token_mean(x, static_cast<float*>(mean.mutable_data_ptr()));
+    Tasks tasks;
+    TokenMean own(x);
+    own.add_to(tasks);
+    tasks.run();
+    own.finish(static_cast<float*>(mean.mutable_data_ptr()));
   } else {
     torch::stable::zero_(mean);
   }
@@ -98,117 +83,124 @@ Groups key_groups(Granularity granularity, int64_t rows, int64_t block) {
   __builtin_unreachable();
 }
 
-void token_mean(const FloatOperand& x, float* mean) {
-  const int64_t per_head = tasks_per_head(x.rows, kTaskRows);
-  const RowKernels& kernels = row_kernels();
-  const Scratch<double> sums({x.batch, x.heads, per_head, x.columns});
-  for_each_task(x, kTaskRows, [&](int64_t b, int64_t h, int64_t task, int64_t first, int64_t rows) {
-    double* partial = sums.get() + task * x.columns;
-    std::fill_n(partial, x.columns, 0.0);
-    kernels.add_columns(x.block(b, h, first, rows), partial);
+TokenMean::TokenMean(const FloatOperand& x)
+    : x_(x), sums_({x.batch, x.heads, tasks_per_head(x.rows), x.columns}) {}
+
+void TokenMean::add_to(Tasks& tasks) {
+  tasks.add(x_, kTaskRows, [this](const Tasks::Rows& task) {
+    double* partial = sums_.get() + task.index * x_.columns;
+    std::fill_n(partial, x_.columns, 0.0);
+    row_kernels().add_columns(x_.block(task.batch, task.head, task.first, task.count), partial);
   });
-  for (int64_t head = 0; head < x.batch * x.heads; ++head) {
+}
+
+void TokenMean::finish(float* mean) const {
+  const int64_t per_head = tasks_per_head(x_.rows);
+  const double rows = static_cast<double>(std::max<int64_t>(x_.rows, 1));
+  for (int64_t head = 0; head < x_.batch * x_.heads; ++head) {
     double total[kMaxHeadDim] = {};
     for (int64_t task = 0; task < per_head; ++task) {
-      const double* partial = sums.get() + (head * per_head + task) * x.columns;
-      for (int64_t c = 0; c < x.columns; ++c) total[c] += partial[c];
+      const double* partial = sums_.get() + (head * per_head + task) * x_.columns;
+      for (int64_t c = 0; c < x_.columns; ++c) total[c] += partial[c];
     }
-    const double rows = static_cast<double>(std::max<int64_t>(x.rows, 1));
-    for (int64_t c = 0; c < x.columns; ++c) {
-      mean[head * x.columns + c] = static_cast<float>(total[c] / rows);
+    for (int64_t c = 0; c < x_.columns; ++c) {
+      mean[head * x_.columns + c] = static_cast<float>(total[c] / rows);
     }
   }
 }
 
-void quantize_rows(const FloatOperand& x, const float* mean, const Groups& groups,
+void quantize_rows(Tasks& tasks, const FloatOperand& x, const float* mean, const Groups& groups,
                    const QuantizedRows& out) {
-  const RowKernels& kernels = row_kernels();
-  const auto quantize = [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const int64_t head = b * x.heads + h;
-    const int64_t row = head * x.rows + first;
-    const int64_t scale =
-        head * groups.scales(x.rows) +
-        first / groups.block_rows * (groups.block_rows / groups.span_rows) * groups.lane_groups;
-    kernels.quantize(x.block(b, h, first, rows),
-                     mean == nullptr ? nullptr : mean + head * x.columns, groups,
-                     {out.codes + row * out.row_bytes, out.row_bytes,
-                      out.group_scales == nullptr ? nullptr : out.group_scales + scale,
-                      out.row_scales == nullptr ? nullptr : out.row_scales + row});
+  const auto quantize = [&x, mean, groups, out](const Tasks::Rows& task) {
+    const int64_t head = task.batch * x.heads + task.head;
+    const int64_t row = head * x.rows + task.first;
+    const int64_t scale = head * groups.scales(x.rows) +
+                          task.first / groups.block_rows * (groups.block_rows / groups.span_rows) *
+                              groups.lane_groups;
+    row_kernels().quantize(x.block(task.batch, task.head, task.first, task.count),
+                           mean == nullptr ? nullptr : mean + head * x.columns, groups,
+                           {out.codes + row * out.row_bytes, out.row_bytes,
+                            out.group_scales == nullptr ? nullptr : out.group_scales + scale,
+                            out.row_scales == nullptr ? nullptr : out.row_scales + row});
   };
   if (x.rows == 0) {  // "tensor" has a scale to write even so
     for (int64_t head = 0; head < x.batch * x.heads; ++head) {
-      quantize(head / x.heads, head % x.heads, 0, 0);
+      quantize({head / x.heads, head % x.heads, 0, 0, 0});
     }
     return;
   }
   const int64_t blocks = std::max<int64_t>(1, kTaskRows / groups.block_rows);
   const int64_t task_rows = groups.block_rows < x.rows ? blocks * groups.block_rows : x.rows;
-  for_each_task(x, task_rows, [&](int64_t b, int64_t h, int64_t, int64_t first, int64_t rows) {
-    quantize(b, h, first, rows);
+  tasks.add(x, task_rows, quantize);
+}
+
+RoundedValues::RoundedValues(const FloatOperand& value, uint16_t* codes)
+    : value_(value),
+      codes_(codes),
+      amax_({value.batch, value.heads, tasks_per_head(value.rows), value.columns}) {}
+
+void RoundedValues::add_to(Tasks& tasks, const float* mean) {
+  tasks.add(value_, kTaskRows, [this, mean](const Tasks::Rows& task) {
+    const int64_t columns = value_.columns;
+    const int64_t head = task.batch * value_.heads + task.head;
+    uint32_t* amax = amax_.get() + task.index * columns;
+    std::fill_n(amax, columns, 0);
+    row_kernels().round_to_bf16(value_.block(task.batch, task.head, task.first, task.count),
+                                mean == nullptr ? nullptr : mean + head * columns,
+                                codes_ + (head * value_.rows + task.first) * columns, amax);
   });
 }
 
-void round_values(const FloatOperand& value, const float* mean, uint16_t* codes, float* scales) {
-  const int64_t per_head = tasks_per_head(value.rows, kTaskRows);
-  const int64_t columns = value.columns;
-  const RowKernels& kernels = row_kernels();
-  const Scratch<uint32_t> amax({value.batch, value.heads, per_head, columns});
-  const auto round = [&](int64_t b, int64_t h, int64_t task, int64_t first, int64_t rows) {
-    const int64_t head = b * value.heads + h;
-    uint32_t* task_amax = amax.get() + task * columns;
-    std::fill_n(task_amax, columns, 0);
-    kernels.round_to_bf16(value.block(b, h, first, rows),
-                          mean == nullptr ? nullptr : mean + head * columns,
-                          codes + (head * value.rows + first) * columns, task_amax);
-  };
-  for_each_task(value, kTaskRows, round);
-  for (int64_t head = 0; head < value.batch * value.heads; ++head) {
+void RoundedValues::finish(float* scales) const {
+  const int64_t per_head = tasks_per_head(value_.rows);
+  const int64_t columns = value_.columns;
+  for (int64_t head = 0; head < value_.batch * value_.heads; ++head) {
     for (int64_t c = 0; c < columns; ++c) {
       uint32_t bits = 0;
       for (int64_t task = 0; task < per_head; ++task) {
-        bits = std::max(bits, amax.get()[(head * per_head + task) * columns + c]);
+        bits = std::max(bits, amax_.get()[(head * per_head + task) * columns + c]);
       }
       const bool poisoned = bits >= kInfinityBits;
       scales[head * columns + c] = poisoned ? std::numeric_limits<float>::quiet_NaN() : 1.0f;
-      for (int64_t m = 0; poisoned && m < value.rows; ++m) {
-        codes[(head * value.rows + m) * columns + c] = 0;
+      for (int64_t m = 0; poisoned && m < value_.rows; ++m) {
+        codes_[(head * value_.rows + m) * columns + c] = 0;
       }
     }
   }
 }
 
-void dot_query_mean(const FloatOperand& key, const float* key_mean, const float* query_mean,
-                    int64_t heads_q, double scale, float* bias) {
+void dot_query_mean(Tasks& tasks, const FloatOperand& key, const float* key_mean,
+                    const float* query_mean, int64_t heads_q, double scale, float* bias) {
   const int64_t queries_per_key = heads_q / std::max<int64_t>(key.heads, 1);
-  const RowKernels& kernels = row_kernels();
-  const auto dot = [&](int64_t b, int64_t h, int64_t, int64_t first, int64_t rows) {
-    for (int64_t head = h * queries_per_key; head < (h + 1) * queries_per_key; ++head) {
-      const float* mean = query_mean + (b * heads_q + head) * key.columns;
-      float* out = bias + (b * heads_q + head) * key.rows + first;
-      kernels.dot_rows(key.block(b, h, first, rows), mean, scale, out);
+  tasks.add(key, kTaskRows, [=, &key](const Tasks::Rows& task) {
+    const RowBlock rows = key.block(task.batch, task.head, task.first, task.count);
+    for (int64_t i = 0; i < queries_per_key; ++i) {
+      const int64_t head = task.batch * heads_q + task.head * queries_per_key + i;
+      const float* mean = query_mean + head * key.columns;
+      float* out = bias + head * key.rows + task.first;
+      row_kernels().dot_rows(rows, mean, scale, out);
       if (key_mean == nullptr) continue;
+      const float* center = key_mean + (task.batch * key.heads + task.head) * key.columns;
       double constant = 0.0;
       for (int64_t c = 0; c < key.columns; ++c) {
-        constant += static_cast<double>(mean[c]) * key_mean[(b * key.heads + h) * key.columns + c];
+        constant += static_cast<double>(mean[c]) * center[c];
       }
-      for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t row = 0; row < task.count; ++row) {
         out[row] = static_cast<float>(out[row] - scale * constant);
       }
     }
-  };
-  for_each_task(key, kTaskRows, dot);
+  });
 }
 
-void dot_key_mean(const FloatOperand& query, const float* key_mean, int64_t heads_kv, double scale,
-                  float* out) {
+void dot_key_mean(Tasks& tasks, const FloatOperand& query, const float* key_mean, int64_t heads_kv,
+                  double scale, float* out) {
   const int64_t queries_per_key = query.heads / std::max<int64_t>(heads_kv, 1);
-  const RowKernels& kernels = row_kernels();
-  const auto dot = [&](int64_t b, int64_t h, int64_t, int64_t first, int64_t rows) {
-    const float* mean = key_mean + (b * heads_kv + h / queries_per_key) * query.columns;
-    kernels.dot_rows(query.block(b, h, first, rows), mean, scale,
-                     out + (b * query.heads + h) * query.rows + first);
-  };
-  for_each_task(query, kTaskRows, dot);
+  tasks.add(query, kTaskRows, [=, &query](const Tasks::Rows& task) {
+    const int64_t head_kv = task.batch * heads_kv + task.head / queries_per_key;
+    row_kernels().dot_rows(query.block(task.batch, task.head, task.first, task.count),
+                           key_mean + head_kv * query.columns, scale,
+                           out + (task.batch * query.heads + task.head) * query.rows + task.first);
+  });
 }
 
 void expand_scales(const float* group_scales, const Groups& groups, int64_t heads, int64_t rows,
@@ -231,9 +223,11 @@ std::tuple<Tensor, Tensor> quantize_query(const Tensor& query, const Text& qk,
       query_groups(parse("granularity", granularity, kGranularities), q.rows, block, warp);
   Tensor codes = new_tensor({q.batch, q.heads, q.rows, q.columns}, ScalarType::Char);
   Tensor scales = new_tensor({q.batch, q.heads, groups.scales(q.rows)}, ScalarType::Float);
-  quantize_rows(q, nullptr, groups,
+  Tasks tasks;
+  quantize_rows(tasks, q, nullptr, groups,
                 {static_cast<int8_t*>(codes.mutable_data_ptr()), q.columns,
                  static_cast<float*>(scales.mutable_data_ptr()), nullptr});
+  tasks.run();
   return {codes, scales};
 }
 
@@ -248,9 +242,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_key(const Tensor& key,
   const Tensor used_mean = mean_of(k, mean, smooth);
   Tensor codes = new_tensor({k.batch, k.heads, k.rows, k.columns}, ScalarType::Char);
   Tensor scales = new_tensor({k.batch, k.heads, groups.scales(k.rows)}, ScalarType::Float);
-  quantize_rows(k, smooth ? fp32(used_mean) : nullptr, groups,
+  Tasks tasks;
+  quantize_rows(tasks, k, smooth ? fp32(used_mean) : nullptr, groups,
                 {static_cast<int8_t*>(codes.mutable_data_ptr()), k.columns,
                  static_cast<float*>(scales.mutable_data_ptr()), nullptr});
+  tasks.run();
   return {codes, scales, used_mean};
 }
 
@@ -262,9 +258,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_value(const Tensor& value,
   const Tensor used_mean = mean_of(v, mean, smooth);
   Tensor codes = new_tensor({v.batch, v.heads, v.rows, v.columns}, ScalarType::BFloat16);
   Tensor scales = new_tensor({v.batch, v.heads, v.columns}, ScalarType::Float);
-  round_values(v, smooth ? fp32(used_mean) : nullptr,
-               static_cast<uint16_t*>(codes.mutable_data_ptr()),
-               static_cast<float*>(scales.mutable_data_ptr()));
+  Tasks tasks;
+  RoundedValues rounded(v, static_cast<uint16_t*>(codes.mutable_data_ptr()));
+  rounded.add_to(tasks, smooth ? fp32(used_mean) : nullptr);
+  tasks.run();
+  rounded.finish(static_cast<float*>(scales.mutable_data_ptr()));
   return {codes, scales, used_mean};
 }
 

@@ -202,15 +202,27 @@ void round_to_bf16(const RowBlock& x, const float* mean, uint16_t* codes, uint32
 }
 
 void dot_rows(const RowBlock& x, const float* vector, double scale, float* out) {
+  // One sum would wait for the adder at every column. Independent ones fill vectors, and their
+  // order is the same on every instruction set.
+  constexpr int64_t kSums = 16;
   with_format(x.dtype, [&](auto format) {
     using Format = decltype(format);
     for (int64_t r = 0; r < x.rows; ++r) {
       const auto* source = row<Format>(x, r);
-      double sum = 0.0;
-      for (int64_t c = 0; c < x.columns; ++c) {
-        sum += static_cast<double>(Format::load(source[c])) * vector[c];
+      double sums[kSums] = {};
+      int64_t c = 0;
+      for (; c + kSums <= x.columns; c += kSums) {
+        for (int64_t i = 0; i < kSums; ++i) {
+          sums[i] += static_cast<double>(Format::load(source[c + i])) * vector[c + i];
+        }
       }
-      out[r] = static_cast<float>(scale * sum);
+      for (int64_t i = 0; c < x.columns; ++c, ++i) {
+        sums[i] += static_cast<double>(Format::load(source[c])) * vector[c];
+      }
+      for (int64_t half = kSums / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+      }
+      out[r] = static_cast<float>(scale * sums[0]);
     }
   });
 }
