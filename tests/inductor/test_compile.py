@@ -269,10 +269,23 @@ def test_exclude_compiles_to_what_torch_makes_of_it(function, no_grad):
     torch.testing.assert_close(out, expected)
 
 
-def test_export_then_aoti_compile_is_rewritten(block, x, no_grad, tmp_path):
-    program = torch.export.export(block, (x,))
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "m.pt2"), inductor_configs=options(ALWAYS)
-    )
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_export_then_aoti_compile_is_rewritten(block, x, no_grad, tmp_path, decomposed):
+    """The passes at compilation; ``apply_to_exported`` before it is tested in test_exported.py."""
+    tokens = torch.export.Dim("tokens", min=2, max=512)
+    program = torch.export.export(block, (x,), dynamic_shapes=({1: tokens},))
+    settings = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    path = str(tmp_path / "m.pt2")
+    if decomposed:
+        with torch_sage.enable(ALWAYS):
+            torch._inductor.aoti_compile_and_package(
+                program.run_decompositions(), package_path=path, inductor_configs=settings
+            )
+    else:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=path, inductor_configs=options(ALWAYS, **settings)
+        )
     assert torch_sage.report().rewritten == 1
-    assert_close(torch._inductor.aoti_load_package(package)(x), block(x))
+    run = torch._inductor.aoti_load_package(path)
+    for each in (x, torch.randn(2, 77, 64)):
+        assert_close(run(each), block(each))
