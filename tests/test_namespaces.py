@@ -120,6 +120,7 @@ def run(code: str) -> None:
 def test_import_pulls_in_no_compiler() -> None:
     """Neither what the pass needs nor what compiling needs is loaded by the import alone."""
     heavy = ("triton", "sympy", "torch._inductor", "torch._dynamo", "torch_sage.inductor")
+    heavy += ("torch.distributed.tensor", "torch_sage.distributed")
     run(
         f"""if True:
         import sys, torch
@@ -133,6 +134,7 @@ def test_import_pulls_in_no_compiler() -> None:
         assert "enable" in dir(torch_sage)
         assert torch_sage.is_enabled() is False
         assert "torch_sage.inductor" in sys.modules
+        assert callable(torch_sage.distributed.ring_attention)
         """
     )
 
