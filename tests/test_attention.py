@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -383,6 +384,9 @@ def test_crossover_is_guarded_under_dynamo(recorder: Any) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("config", ["auto", ALWAYS], ids=["measured", "always"])
 def test_export_serves_every_length(strict: bool, config: Any) -> None:
+    if strict and config == "auto" and not hasattr(symbolic_shapes, "optimization_hint"):
+        pytest.xfail("before torch 2.13 strict export guards on a size whose hint is read")
+
     class Model(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return scaled_dot_product_attention(q, k, v, is_causal=True, config=config)

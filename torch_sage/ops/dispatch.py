@@ -212,13 +212,13 @@ def _problems(
     problems = []
     if not 0.0 <= dropout_p <= 1.0:
         problems.append(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    problems += checks.scale_problems(scale)
+    problems.extend(checks.scale_problems(scale))
     if attn_mask is not None and attn_mask.dim() > query.dim():
         problems.append(
             f"attn_mask must have at most query's {query.dim()} dimensions, got {attn_mask.dim()}"
         )
     q, k, v = as_matrices(query, key, value)
-    problems += checks.contradictions(q, k, v, attn_mask, causal)
+    problems.extend(checks.contradictions(q, k, v, attn_mask, causal))
     for name, heads in (("key", k.shape[1]), ("value", v.shape[1])):
         if not enable_gqa and known(heads != q.shape[1]) and not known(heads == 1):
             problems.append(
