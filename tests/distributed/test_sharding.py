@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import local_map
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -129,6 +130,23 @@ def torch_sdpa_of_sharded_mask(mesh: DeviceMesh) -> str:
     return "accepted"
 
 
+def local_function(mesh: DeviceMesh) -> list[str]:
+    """The public function takes DTensors by torch's local_map."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch_sage.scaled_dot_product_attention(
+            query, key, value, enable_gqa=True, config=ALWAYS
+        )
+
+    lies = [Shard(1)]
+    local = local_map(attend, lies, in_placements=(lies,) * 3, device_mesh=mesh)
+
+    def either(*args: Tensor) -> Any:
+        return local(*args) if isinstance(args[0], DTensor) else ops.sdpa(*args)
+
+    return run_sharded(either, mesh, lies, *operands())
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -149,9 +167,10 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, local: bool) -> nn.Module:
     return net
 
 
-def fully_sharded(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def fully_sharded(net: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
     for layer in net:
-        layer.compile(fullgraph=True)
+        if compiled:
+            layer.compile(fullgraph=True)
         fully_shard(layer, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
@@ -177,7 +196,9 @@ def models(mesh: DeviceMesh) -> dict[str, tuple[float, float, int]]:
         parallel = tensor_parallel(copy.deepcopy(net), mesh, local)
         name = f"tensor parallel, {'local' if local else 'DTensor'}"
         check(name, torch.compile(parallel, fullgraph=True))
-    check("FSDP2", fully_sharded(copy.deepcopy(net), mesh))
+    eager = fully_sharded(copy.deepcopy(net), mesh, compiled=False)
+    check("FSDP2, eager", torch_sage.sage(ALWAYS)(eager))
+    check("FSDP2, compiled", fully_sharded(copy.deepcopy(net), mesh, compiled=True))
     return found
 
 
@@ -194,6 +215,7 @@ def work(rank: int, size: int, cache: str) -> dict[str, Any]:
             "axes": [on_axis(mesh, axis) for axis in (0, 1)],
             "grid": run_sharded(ops.sdpa, grid, [Shard(0), Shard(1)], q, k, v),
             "heads": heads(mesh),
+            "local_map": local_function(mesh),
             "masks": masks(ops.sdpa, mesh, MASKS),
             "torch": masks(torch_sdpa, mesh, TORCH_MASKS),
             "torch, sharded mask": torch_sdpa_of_sharded_mask(mesh),
@@ -236,6 +258,10 @@ def test_heads_stay_sharded_where_those_of_keys_divide(found: dict[str, Any]) ->
     }
 
 
+def test_the_public_function_is_quantized_in_local_map(found: dict[str, Any]) -> None:
+    assert found["local_map"] == [lies(1)]
+
+
 def test_masks_are_sharded_as_they_broadcast(found: dict[str, Any]) -> None:
     assert found["masks"] == {(shape, axis): lies(axis) for shape in MASKS for axis in (0, 1)}
 
@@ -259,7 +285,8 @@ def test_torch_sdpa_on_cpu_refuses_a_sharded_mask(found: dict[str, Any]) -> None
         ("tensor parallel, eager", 0),  # sage() calls the op itself
         ("tensor parallel, local", 2),
         ("tensor parallel, DTensor", 2),
-        ("FSDP2", 1),  # compiled layer by layer, and both layers share one graph
+        ("FSDP2, eager", 0),
+        ("FSDP2, compiled", 1),  # layer by layer, and both layers share one graph
     ],
 )
 def test_models_run_quantized(found: dict[str, Any], name: str, rewritten: int) -> None:
