@@ -244,11 +244,11 @@ REFUSALS = {
     "dtype": ["NotImplementedError: query must have dtype"],
     "device": ["NotImplementedError: key must be on cpu like query, got meta"],
     "rank": ["ValueError: query must be 4-D"],
-    "batch": ["ValueError: key must have [2] in its first dimensions, got [1, 4, 16, 64]"],
+    "batch": ["ValueError: key must have the batch size of query, 2, got 1"],
     "group": ["TypeError: group must be a ProcessGroup, DeviceMesh or None, got"],
     "mesh": ["ValueError: group must be a 1-D DeviceMesh, got 2-D"],
     "shard": ["ValueError: tensor must have a multiple of 4 tokens in dimension 2 for zigzag"],
-    "unshard": ["ValueError: key must have an even number of tokens in zigzag order, got 15"],
+    "unshard": ["ValueError: tensor must have an even number of tokens in zigzag order, got 15"],
     "afterwards": ["accepted"],
 }
 

@@ -32,15 +32,14 @@ def accept(
     validate(query, key, value, *semantics)
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(f"query must be 4-D like key and value, got {list(query.shape)}")
-    for name, tensor, like, dims in (
-        ("key", key, query, (0,)),
-        ("value", value, key, (0, 1)),
+    for name, tensor, other, like, axis, what in (
+        ("key", key, "query", query, 0, "batch size"),
+        ("value", value, "query", query, 0, "batch size"),
+        ("value", value, "key", key, 1, "number of heads"),
     ):
-        if any(tensor.shape[dim] != like.shape[dim] for dim in dims):
-            expected = [like.shape[dim] for dim in dims]
-            raise ValueError(
-                f"{name} must have {expected} in its first dimensions, got {list(tensor.shape)}"
-            )
+        got, expected = tensor.shape[axis], like.shape[axis]
+        if got != expected:
+            raise ValueError(f"{name} must have the {what} of {other}, {expected}, got {got}")
     if is_causal and query.shape[2] != key.shape[2]:
         raise ValueError(
             f"key must have query's {query.shape[2]} tokens when is_causal, got {key.shape[2]}"

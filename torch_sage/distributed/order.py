@@ -42,13 +42,12 @@ def visible_part(order: Order, is_causal: bool, tokens: int, rank: int, source: 
     return Part(tokens // 2, tokens, "none")  # both its pieces lie between ours
 
 
-def order_problems(order: str, tokens: int) -> list[str]:
-    """Return why a rank with ``tokens`` tokens cannot hold them in ``order``."""
+def require_order(order: str, name: str, tokens: int) -> None:
+    """Refuse an unknown order, and one in which a rank cannot hold ``tokens`` of ``name``."""
     if order not in get_args(Order):
-        return [f"order must be one of {list(get_args(Order))}, got {order!r}"]
+        raise ValueError(f"order must be one of {list(get_args(Order))}, got {order!r}")
     if order == "zigzag" and tokens % 2:
-        return [f"key must have an even number of tokens in zigzag order, got {tokens}"]
-    return []
+        raise ValueError(f"{name} must have an even number of tokens in zigzag order, got {tokens}")
 
 
 def pieces(order: Order, rank: int, size: int) -> list[int]:
@@ -72,8 +71,7 @@ def shard_sequence(
     """
     process_group = as_process_group(group)
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
-    if problems := order_problems(order, 0):
-        raise ValueError("; ".join(problems))
+    require_order(order, "tensor", 0)
     count = len(pieces(order, rank, size)) * size
     if tensor.shape[dim] % count:
         raise ValueError(
@@ -97,8 +95,7 @@ def unshard_sequence(
     """
     process_group = as_process_group(group)
     size = dist.get_world_size(process_group)
-    if problems := order_problems(order, tensor.shape[dim]):
-        raise ValueError("; ".join(problems))
+    require_order(order, "tensor", tensor.shape[dim])
     shards = [torch.empty_like(tensor.contiguous()) for _ in range(size)]
     dist.all_gather(shards, tensor.contiguous(), process_group)
     placed: dict[int, Tensor] = {}

@@ -12,7 +12,7 @@ from torch_sage.distributed import call
 from torch_sage.distributed.block import attend, pack, quantize, unpack
 from torch_sage.distributed.group import Group, agree, as_process_group
 from torch_sage.distributed.merge import Merged
-from torch_sage.distributed.order import Order, order_problems, visible_part
+from torch_sage.distributed.order import Order, require_order, visible_part
 from torch_sage.recipes import Recipe
 from torch_sage.reference.attention import AttentionOutput
 
@@ -109,8 +109,7 @@ def ring_attention_with_lse(
         )
         seen = (*query.shape[:3], size * key.shape[2])
         call.require_mask(attn_mask, seen, is_causal, query)
-        if problems := order_problems(order, key.shape[2] if is_causal else 0):
-            raise ValueError("; ".join(problems))
+        require_order(order, "key", key.shape[2] if is_causal else 0)
     except (ValueError, NotImplementedError) as error:
         refusal = error
     if check_ranks and size > 1:
