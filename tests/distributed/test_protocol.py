@@ -201,6 +201,11 @@ def work(rank: int, size: int) -> dict[str, Any]:
         },
         "skipped": skipped(rank, size),
         "repeated": same_bits(unchecked, D.ring_attention(*local)),
+        "compiled": [
+            same_bits(torch.compile(attend, backend="eager")(*local, is_causal=True), result)
+            for attend in (D.ring_attention, D.ulysses_attention)
+            for result in [attend(*local, is_causal=True)]
+        ],
         "mesh": same_bits(unchecked, D.ring_attention(*local, group=mesh)),
         "alone": [
             same_bits(attend(*local, group=alone), whole)
@@ -326,6 +331,11 @@ def test_results_repeat_whatever_names_the_group(ranks: list[dict[str, Any]]) ->
     for rank in ranks:
         assert rank["repeated"]
         assert rank["mesh"]
+
+
+def test_compiled_functions_attend_between_graphs(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["compiled"] == [True, True]
 
 
 def test_a_group_of_one_gives_the_bits_of_the_op(ranks: list[dict[str, Any]]) -> None:
