@@ -91,14 +91,20 @@ def outcomes(report):
     ]
 
 
+class Module(nn.Module):
+    """A function as the module that export wants."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
 def applied(function, *args, **settings):
-    """Return the applied program of a function or module without parameters."""
-
-    class Wrapper(nn.Module):
-        def forward(self, *args):
-            return function(*args)
-
-    module = function if isinstance(function, nn.Module) else Wrapper()
+    """Return the applied program of a function or module."""
+    module = function if isinstance(function, nn.Module) else Module(function)
     return torch_sage.apply_to_exported(torch.export.export(module, args, **settings), ALWAYS)
 
 
@@ -260,6 +266,25 @@ def test_program_without_hand_written_attention_keeps_its_operators(x):
     rewritten = applied(Classifier().eval(), x)
     assert torch.ops.aten.linear.default in targets(rewritten)
     assert targets(rewritten).count(SDPA) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softmax_that_is_converted(dtype):
+    """As transformers' eager attention does. Export asserts the dtype before each conversion."""
+
+    def attend(q):
+        weights = torch.softmax(q @ q.transpose(-1, -2) * 0.25, -1, dtype=torch.float32)
+        return weights.to(q.dtype) @ q
+
+    q = torch.randn(1, 2, 40, 16, dtype=dtype)
+    rewritten = applied(attend, q)
+    assert targets(rewritten).count(SDPA) == 1
+    assert torch.ops.aten._softmax.default not in targets(rewritten)
+    assert_close(rewritten.module()(q), attend(q))
+    # The passes at compilation.
+    plain = torch.export.export(Module(attend), (q,)).module()
+    with torch.no_grad(), torch_sage.enable(ALWAYS):
+        assert outcomes(torch_sage.explain(plain, q)) == outcomes(torch_sage.report())
 
 
 def test_reasons_are_reported(x):

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch_sage.config import SageConfig, as_config
 from torch_sage.inductor import rewrite
 from torch_sage.inductor.constant_masks import ConstantMasks
-from torch_sage.inductor.graph_utils import aten
+from torch_sage.inductor.graph_utils import aten, erase_assertions
 from torch_sage.inductor.passes import publish
 from torch_sage.inductor.patterns import direct, fused, manual
 from torch_sage.inductor.records import META_KEY, AttentionRecord
@@ -117,6 +117,7 @@ def _must_be_decomposed(graph: Graph) -> bool:
 
 def _rewrite(graph: Graph, config: SageConfig) -> list[AttentionRecord]:
     """Rewrite what is eligible and return what became of each attention node."""
+    erase_assertions(graph)
     for node, outcome in direct.find(graph):
         rewrite.note(node, outcome)
     masks = ConstantMasks()

@@ -243,6 +243,18 @@ def live_nodes(graph: Graph) -> set[Node]:
     return live
 
 
+def erase_assertions(graph: Graph) -> None:
+    """Erase export's assertions of what operators return, which follows from the graph.
+
+    One precedes every conversion, such as that of a softmax back to half precision, where it would
+    be another use of the attention weights. Assertions about the graph's inputs stay.
+    """
+    for node in call_functions(graph, aten._assert_tensor_metadata.default):
+        asserted = node.args[0]
+        if isinstance(asserted, Node) and asserted.op == "call_function":
+            graph.erase_node(node)
+
+
 def output_node(graph: Graph) -> Node:
     """Return the graph's output node."""
     node: Node = graph.output_node()

@@ -27,7 +27,7 @@ from torch_sage.config import SageConfig
 from torch_sage.inductor import rewrite
 from torch_sage.inductor.constant_masks import ConstantMasks
 from torch_sage.inductor.eligibility import TORCH_FUSION, TRAINING
-from torch_sage.inductor.graph_utils import is_training, output_node
+from torch_sage.inductor.graph_utils import erase_assertions, is_training, output_node
 from torch_sage.inductor.patterns import direct, encoder_layer, fused, manual
 from torch_sage.inductor.patterns.match import Match, Refusal
 from torch_sage.inductor.patterns.refusals import SOFTMAX_DIM
@@ -136,6 +136,7 @@ class PrePass(SagePass):
         """Rewrite encoder layers and hand-written attention."""
         if is_training(graph):
             return
+        erase_assertions(graph)
         for node, outcome in direct.find(graph):
             rewrite.note(node, outcome)
         refused, wrong_softmax, masks = [], False, ConstantMasks()

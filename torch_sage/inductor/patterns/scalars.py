@@ -21,8 +21,9 @@ def cast_source(node: Node) -> Node | None:
         return None
     if node.target in (torch.ops.prims.convert_element_type.default, aten.to.dtype):
         return node.args[0]
-    if node.target is aten._to_copy.default and not set(node.kwargs) - {"dtype", "layout"}:
-        return node.args[0]
+    if node.target is aten._to_copy.default and set(node.kwargs) <= {"dtype", "layout", "device"}:
+        stays = node.kwargs.get("device") in (None, tensor(node.args[0]).device)
+        return node.args[0] if stays else None
     return None
 
 
