@@ -94,7 +94,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, An
     types |= dict.fromkeys(("score_bias", "mask", "lse", "lse_shift"), "*fp32")
     types |= dict.fromkeys(("query", "key"), "*i8") | dict.fromkeys(("value", "output"), f"*{half}")
     types |= dict.fromkeys(("magnitude", "sign"), "fp32")
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     kernel = triton_attention._attention_kernel
     return compile_for(arch, kernel, constants, types, options)
 

@@ -423,6 +423,7 @@ def attention(
         "BASE2": LOG2_E,
         "NATURAL": LN_2,
         "LARGEST": FP32_MAX,
+        "enable_fp_fusion": True,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
