@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torch_sage.config import SageConfig, as_config
-from torch_sage.ops.checks import FLOAT_DTYPES, names
+from torch_sage.distributed.group import agree
+from torch_sage.ops.checks import FLOAT_DTYPES, names, shape_of_mask_problems
 from torch_sage.ops.dispatch import validate, why_not
 from torch_sage.recipes import Recipe, resolve
 
@@ -52,7 +56,39 @@ def accept(
     config = config.with_options(dispatch="always", smooth_q=False)
     if reasons := why_not(query, key, value, *semantics, config=config):
         raise NotImplementedError("; ".join(f"{r.message} ({r.code})" for r in reasons))
-    return resolve(config, query.device.type)
+    return resolve(config, query.device.type, query.dtype)
+
+
+def accept_on_every_rank(
+    check: Callable[[], Recipe],
+    shapes: dict[str, torch.Size],
+    options: str,
+    ranks: dist.ProcessGroup,
+    device: torch.device,
+    check_ranks: bool,
+) -> Recipe:
+    """Return the recipe of ``check``; if it raises, or ranks differ, raise on every rank.
+
+    Args:
+        check: what this rank asks of its arguments.
+        shapes: as for ``agree``, like the next three; the recipe is added to ``options``.
+        options: see ``shapes``.
+        ranks: see ``shapes``.
+        device: see ``shapes``.
+        check_ranks: whether to ask the other ranks.
+    """
+    recipe: Recipe | None = None
+    refusal: Exception | None = None
+    try:
+        recipe = check()
+    except (ValueError, NotImplementedError) as error:
+        refusal = error
+    if check_ranks and dist.get_world_size(ranks) > 1:
+        agree(refusal, shapes, f"{options}, recipe={recipe and recipe.name}", ranks, device)
+    if refusal is not None:
+        raise refusal
+    assert recipe is not None
+    return recipe
 
 
 def require_mask(
@@ -63,9 +99,8 @@ def require_mask(
         return
     if is_causal:
         raise ValueError("attn_mask must be None when is_causal, got a tensor")
-    sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
-    if attn_mask.dim() > 4 or any(size not in (1, full) for size, full in sizes):
-        raise ValueError(f"attn_mask must broadcast to {list(shape)}, got {list(attn_mask.shape)}")
+    for problem in shape_of_mask_problems(attn_mask, shape):
+        raise ValueError(problem)
     if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
         got = names([attn_mask.dtype])
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_sage.config import SageConfig
 from torch_sage.distributed import call
 from torch_sage.distributed.block import attend, pack, quantize, unpack
-from torch_sage.distributed.group import Group, agree, as_process_group
+from torch_sage.distributed.group import Group, as_process_group
 from torch_sage.distributed.merge import Merged
 from torch_sage.distributed.order import Order, require_order, visible_part
 from torch_sage.recipes import Recipe
@@ -95,9 +95,8 @@ def ring_attention_with_lse(
     """Compute ``ring_attention`` and the natural-log LSE [B, Hq, N] of its scores, in fp32."""
     ring = as_process_group(group)
     rank, size = dist.get_rank(ring), dist.get_world_size(ring)
-    recipe: Recipe | None = None
-    refusal: Exception | None = None
-    try:
+
+    def check() -> Recipe:
         recipe = call.accept(
             query,
             key,
@@ -110,16 +109,11 @@ def ring_attention_with_lse(
         seen = (*query.shape[:3], size * key.shape[2])
         call.require_mask(attn_mask, seen, is_causal, query)
         require_order(order, "key", key.shape[2] if is_causal else 0)
-    except (ValueError, NotImplementedError) as error:
-        refusal = error
-    if check_ranks and size > 1:
-        shapes = {"key": key.shape, "value": value.shape}
-        options = f"is_causal={is_causal}, order={order}, recipe={recipe and recipe.name}"
-        agree(refusal, shapes, options, ring, query.device)
-    if refusal is not None:
-        raise refusal
-    assert recipe is not None
+        return recipe
 
+    shapes = {"key": key.shape, "value": value.shape}
+    options = f"is_causal={is_causal}, order={order}"
+    recipe = call.accept_on_every_rank(check, shapes, options, ring, query.device, check_ranks)
     own = quantize(key, value, recipe)
     tokens = key.shape[2]
     merged = Merged(query, value.shape[3])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_sage.config import SageConfig
 from torch_sage.distributed import call
 from torch_sage.distributed.block import Block, attend, head_slice, pack, quantize, unpack
-from torch_sage.distributed.group import Group, agree, as_process_group
+from torch_sage.distributed.group import Group, as_process_group
 from torch_sage.distributed.merge import Merged
 from torch_sage.distributed.order import Part
 from torch_sage.recipes import Recipe
@@ -100,9 +100,8 @@ def _attend_heads(
 ) -> AttentionOutput:
     """Return the result for this rank's heads and all tokens, [B, Hq / W, W * N, Dv]."""
     rank, size = dist.get_rank(ranks), dist.get_world_size(ranks)
-    recipe: Recipe | None = None
-    refusal: Exception | None = None
-    try:
+
+    def check() -> Recipe:
         recipe = call.accept(
             query,
             key,
@@ -120,25 +119,22 @@ def _attend_heads(
                 )
         seen = (*query.shape[:2], size * query.shape[2], size * key.shape[2])
         call.require_mask(attn_mask, seen, is_causal, query)
-    except (ValueError, NotImplementedError) as error:
-        refusal = error
-    if check_ranks and size > 1:
-        shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-        options = f"dtype={query.dtype}, is_causal={is_causal}, recipe={recipe and recipe.name}"
-        agree(refusal, shapes, options, ranks, query.device)
-    if refusal is not None:
-        raise refusal
-    assert recipe is not None
+        return recipe
 
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    options = f"dtype={query.dtype}, is_causal={is_causal}"
+    recipe = call.accept_on_every_rank(check, shapes, options, ranks, query.device, check_ranks)
     own = quantize(key, value, recipe)
     heads_q, heads_kv = query.shape[1] // size, key.shape[1] // size
     like = head_slice(own, 0, heads_kv)
     outgoing = [pack(head_slice(own, i * heads_kv, heads_kv)) for i in range(size)]
     packets, arrival = _exchange(torch.stack(outgoing), ranks)
-    query = _tokens_of_heads(query, ranks)
+    heads_query = _tokens_of_heads(query, ranks)
     _wait(arrival)
     mask = _mask_heads(attn_mask, rank * heads_q, heads_q)
-    return _merge_blocks(query, [unpack(p, like) for p in packets], mask, is_causal, scale, recipe)
+    return _merge_blocks(
+        heads_query, [unpack(p, like) for p in packets], mask, is_causal, scale, recipe
+    )
 
 
 def _merge_blocks(

@@ -84,7 +84,11 @@ def mask_contradictions(
         return
     if causal != "none":
         yield f"attn_mask must be None when causal is {causal!r}, got {describe(attn_mask)}"
-    scores = (*query.shape[:3], seqlen_k)
+    yield from shape_of_mask_problems(attn_mask, (*query.shape[:3], seqlen_k))
+
+
+def shape_of_mask_problems(attn_mask: Tensor, scores: Sequence[Size]) -> Iterator[str]:
+    """Yield why ``attn_mask`` does not broadcast to the shape of the scores."""
     if attn_mask.dim() > 4 or any(
         known(size != 1) and known(size != full)
         for size, full in zip(reversed(attn_mask.shape), reversed(scores), strict=False)
