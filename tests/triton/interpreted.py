@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.cases import CASES, DTYPES, EMPTY_CASES, AttentionCase, Inputs, make_inputs
-from tests.numerics import Expected, assert_within_budget, expect, same_bits
+from tests.numerics import assert_within_budget, same_bits
+from tests.triton.oracle import expected, recipe
 from torch_sage import recipes, reference
-from torch_sage.ops import triton_ops, triton_quantize
+from torch_sage.ops import triton_ops
 
 GRANULARITIES = recipes.SUPPORT["cuda"].granularity
 # The interpreter takes a quarter of a second each; on_gpu.py runs all of them.
@@ -31,25 +32,8 @@ def cpu_takes_recipes_of_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
 
 
-def recipe(case: AttentionCase) -> dict[str, str]:
-    return {**case.recipe, "pv": "fp16"}
-
-
 def arguments(case: AttentionCase, inputs: Inputs) -> dict[str, Any]:
-    return {**inputs._asdict(), **recipe(case), "output_order": "bhsd"}
-
-
-def expected(case: AttentionCase, inputs: Inputs) -> Expected:
-    """Return the references, with the kernel's own means: only they are free (algorithm.md 2.1)."""
-    means: dict[str, Any] = {}
-    if "q" in case.smooth:
-        mean = triton_quantize.finite_token_mean(inputs.query)
-        means["query_mean"] = mean
-    if "k" in case.smooth:
-        means["key_mean"] = triton_quantize.token_mean(inputs.key)
-    if "v" in case.smooth:
-        means["value_mean"] = triton_quantize.token_mean(inputs.value)
-    return expect(*inputs, **recipe(case), **means, tile=64)
+    return {**inputs._asdict(), **recipe(case, "fp16"), "output_order": "bhsd"}
 
 
 @pytest.mark.parametrize("case", SOME_CASES, ids=lambda c: c.id)
@@ -57,7 +41,7 @@ def test_attention_is_within_budget(case: AttentionCase) -> None:
     inputs = make_inputs(case)
     given = arguments(case, inputs)
     output, lse = triton_ops.sdpa_with_lse(**given)
-    assert_within_budget(output, expected(case, inputs), lse=lse)
+    assert_within_budget(output, expected(case, inputs, "fp16", "cpu"), lse=lse)
     assert same_bits(triton_ops.sdpa(**given), output)
 
 

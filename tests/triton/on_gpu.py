@@ -16,9 +16,9 @@ from torch import Tensor
 
 import torch_sage
 from tests.cases import CASES, DTYPES, EMPTY_CASES, AttentionCase, Inputs, make_inputs
-from tests.numerics import Expected, assert_within_budget, expect, relative_l1, same_bits
+from tests.numerics import assert_within_budget, relative_l1, same_bits
+from tests.triton.oracle import expected, recipe
 from torch_sage import SageConfig, reference
-from torch_sage.ops import triton_quantize
 from torch_sage.recipes import SUPPORT
 
 OPS = torch.ops.torch_sage
@@ -31,27 +31,10 @@ def on_gpu(inputs: Inputs) -> Inputs:
     return Inputs(*(x.cuda() if isinstance(x, Tensor) else x for x in inputs))
 
 
-def recipe(case: AttentionCase, pv: str) -> dict[str, str]:
-    return {**case.recipe, "pv": pv}
-
-
-def expected(case: AttentionCase, inputs: Inputs, pv: str) -> Expected:
-    """Return the references, with the kernel's own means: only they are free (algorithm.md 2.1)."""
-    means: dict[str, Any] = {}
-    if "q" in case.smooth:
-        mean = triton_quantize.finite_token_mean(inputs.query.cuda())
-        means["query_mean"] = mean.cpu()
-    if "k" in case.smooth:
-        means["key_mean"] = OPS.quantize_key(inputs.key.cuda())[2].cpu()
-    if "v" in case.smooth:
-        means["value_mean"] = OPS.quantize_value(inputs.value.cuda(), smooth=True)[2].cpu()
-    return expect(*inputs, **recipe(case, pv), **means, tile=64)
-
-
 def assert_right(case: AttentionCase, pv: str) -> None:
     inputs = make_inputs(case)
     output, lse = OPS.sdpa_with_lse(*on_gpu(inputs), **recipe(case, pv))
-    assert_within_budget(output.cpu(), expected(case, inputs, pv), lse=lse.cpu())
+    assert_within_budget(output.cpu(), expected(case, inputs, pv, "cuda"), lse=lse.cpu())
     assert same_bits(OPS.sdpa(*on_gpu(inputs), **recipe(case, pv)), output)
 
 

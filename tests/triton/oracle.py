@@ -1,0 +1,32 @@
+"""What the Triton kernels are compared with, interpreted or on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.cases import AttentionCase, Inputs
+from tests.numerics import Expected, expect
+from torch_sage.ops import triton_quantize
+
+KERNEL_TILE = 64  # keys a step of the online softmax, for head dimensions up to 128
+
+
+def recipe(case: AttentionCase, pv: str) -> dict[str, str]:
+    """Return the recipe arguments of a case with P and V in ``pv``."""
+    return {**case.recipe, "pv": pv}
+
+
+def expected(case: AttentionCase, inputs: Inputs, pv: str, device: str) -> Expected:
+    """Return the references, with the means that the kernels compute on ``device``.
+
+    Only means are free (algorithm.md 2.1).
+    """
+    means: dict[str, Any] = {}
+    if "q" in case.smooth:
+        mean = triton_quantize.finite_token_mean(inputs.query.to(device))
+        means["query_mean"] = mean.cpu()
+    if "k" in case.smooth:
+        means["key_mean"] = triton_quantize.token_mean(inputs.key.to(device)).cpu()
+    if "v" in case.smooth:
+        means["value_mean"] = triton_quantize.token_mean(inputs.value.to(device)).cpu()
+    return expect(*inputs, **recipe(case, pv), **means, tile=KERNEL_TILE)
