@@ -3,11 +3,13 @@
 libtorch_sage.so has the kernels. libtorch_sage_standalone.so loads it and defines the ops, which
 the Python package does otherwise: for processes without Python.
 
-Environment: CXX; TORCH_SAGE_CUDA=0|1|auto; TORCH_CUDA_ARCH_LIST; TORCH_SAGE_SANITIZE, for example
-"address,undefined", builds into build/sanitize and leaves the package alone.
+Environment: CXX; TORCH_SAGE_CUDA=0|1|auto, auto builds CUDA kernels where nvcc is found; CUDA_HOME,
+whose nvcc is taken instead of the one on PATH; TORCH_CUDA_ARCH_LIST; TORCH_SAGE_SANITIZE, for
+example "address,undefined", builds into build/sanitize, without CUDA, and leaves the package alone.
 """
 
 import ast
+import functools
 import importlib.util
 import json
 import os
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -51,22 +54,73 @@ ISA_FLAGS = {
     "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
 }
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr"),
+    *("-gencode", "arch=compute_90a,code=sm_90a"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *("-Xptxas", "-v,-warn-spills"),  # what tests/csrc/test_cuda_code.py reads
+]
+# The runtime is linked statically: the library loads where there is no CUDA.
+LINK_CUDA = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
-def check_cuda_request() -> None:
-    """Validate TORCH_SAGE_CUDA and TORCH_CUDA_ARCH_LIST; this version has no CUDA sources."""
+class Cuda(NamedTuple):
+    """The toolkit that compiles the CUDA kernels."""
+
+    nvcc: str
+    version: str
+    includes: list[str]
+    libraries: list[str]
+
+
+@functools.cache
+def find_cuda() -> Cuda | None:
+    """Return the toolkit to build CUDA kernels with, or None: the library is for CPUs alone."""
     mode = os.environ.get("TORCH_SAGE_CUDA", "auto")
     if mode not in ("0", "1", "auto"):
         raise SystemExit(f"TORCH_SAGE_CUDA must be one of 0, 1, auto, got {mode!r}")
-    for arch in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+    arches = re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    for arch in arches:
         if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?)?", arch):
             raise SystemExit(
                 f"TORCH_CUDA_ARCH_LIST must list capabilities such as 9.0a, got {arch!r}"
             )
-    if mode == "1" and shutil.which("nvcc") is None:
-        raise SystemExit("TORCH_SAGE_CUDA must be 0 or auto where nvcc is not on PATH, got 1")
-    if mode == "1":
-        raise SystemExit("TORCH_SAGE_CUDA must be 0 or auto: this version has no CUDA kernels")
+    nvcc, lack = find_nvcc(), None
+    if os.environ.get("TORCH_SAGE_SANITIZE"):
+        lack = "TORCH_SAGE_SANITIZE is set"
+    elif find_compiler() is None:
+        lack = "there is no C++ compiler"
+    elif nvcc is None:
+        lack = "nvcc is not found"
+    elif arches != [""] and not any(arch.startswith("9.0") for arch in arches):
+        lack = "TORCH_CUDA_ARCH_LIST lacks 9.0a"
+        if mode == "auto":
+            warnings.warn(f"{lack}: torch_sage will have no CUDA kernels", stacklevel=1)
+    if mode == "1" and lack:
+        raise SystemExit(f"TORCH_SAGE_CUDA must be 0 or auto where {lack}, got 1")
+    return ask_nvcc(nvcc) if nvcc and mode != "0" and not lack else None
+
+
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler of CUDA_HOME if that is set, or the one on PATH or installed."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def ask_nvcc(nvcc: str) -> Cuda:
+    """Return what nvcc says of its toolkit: it may be a script far away from it."""
+    text = ""
+    for question in (["--version"], ["--dryrun", "-x", "cu", "-c", os.devnull]):
+        done = subprocess.run([nvcc, *question], check=True, capture_output=True, text=True)
+        text += done.stdout + done.stderr
+    version = re.search(r"release (\d+\.\d+)", text)
+    includes = re.search(r"^#\$ INCLUDES=(.*)$", text, re.MULTILINE)
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", text, re.MULTILINE)
+    if not (version and includes and libraries):
+        raise SystemExit(f"{nvcc} must tell its version and folders, got {text!r}")
+    folders = [flag.removeprefix("-I") for flag in shlex.split(includes[1])]
+    return Cuda(nvcc, version[1], folders, shlex.split(libraries[1]))
 
 
 def find_compiler() -> list[str] | None:
@@ -79,12 +133,31 @@ def find_compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def isa_flags(source: Path) -> list[str] | None:
-    """Return what instruction set flags ``source`` needs; None: not for this architecture."""
+def source_flags(source: Path) -> list[str] | None:
+    """Return what flags ``source`` needs; None: not for this architecture, or for CUDA only."""
+    if source.suffix == ".cu" or any(re.fullmatch(r"cuda|sm\d+", part) for part in source.parts):
+        cuda = find_cuda()
+        if cuda is None:
+            return None
+        if source.suffix == ".cpp":
+            maps = [f"-ffile-prefix-map={folder}=cuda" for folder in cuda.includes]
+            return [*maps, *(f for folder in cuda.includes for f in ("-isystem", folder))]
+        # Contraction is as wrong for a quantizer here as it is in CXX_FLAGS.
+        return ["-fmad=false"] if "quantize" in source.parts else []
     for suffix, flags in ISA_FLAGS.items():
         if source.stem.endswith(suffix):
             return flags if platform.machine() == "x86_64" else None
     return []
+
+
+def cuda_header() -> str:
+    """Return what csrc/common/build_info.cpp says about CUDA."""
+    cuda = find_cuda()
+    arches, version = ("sm90", cuda.version) if cuda else ("none", "none")
+    return (
+        f'#pragma once\n\n#define TORCH_SAGE_CUDA "{arches}"\n'
+        f'#define TORCH_SAGE_CUDA_VERSION "{version}"\n'
+    )
 
 
 def definitions_header() -> str:
@@ -116,12 +189,33 @@ def is_literal(value: ast.AST | None, names: dict[str, object]) -> bool:
     )
 
 
+def nvcc_rule(cuda: Cuda, compiler: list[str]) -> list[str]:
+    """Return how ninja compiles CUDA: two at a time, each takes gigabytes; what ptxas says is kept.
+
+    It lies beside the object, for tests/csrc/test_cuda_code.py.
+    """
+    flags = [*NVCC_FLAGS, "-Icsrc"]
+    flags += [f"-Xcompiler=-ffile-prefix-map={folder}=cuda" for folder in cuda.includes]
+    if len(compiler) == 1:  # nvcc takes a program, not a command line
+        flags += ["-ccbin", compiler[0]]
+    return [
+        "pool nvcc",
+        "  depth = 2",
+        "rule nvcc",
+        f"  command = {shlex.join([cuda.nvcc, *flags])} $flags -MMD -MF $out.d -c $in -o $out"
+        " > $out.ptxas 2>&1 || { cat $out.ptxas; exit 1; }",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  pool = nvcc",
+    ]
+
+
 def ninja_file(compiler: list[str], folder: Path) -> str:
     """Return the build graph: a compile edge per source and one link edge per library."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit("torch must be installed where torch_sage is built, got none")
-    torch = Path(spec.origin).parent
+    torch, cuda = Path(spec.origin).parent, find_cuda()
     cflags = [*CXX_FLAGS, "-Icsrc", f"-I{folder}", "-isystem", str(torch / "include")]
     # No path of the building machine in the binary: error texts and hash are the same everywhere.
     cflags += [f"-ffile-prefix-map={torch}=torch"]
@@ -134,29 +228,42 @@ def ninja_file(compiler: list[str], folder: Path) -> str:
         f"builddir = {folder}",  # where ninja keeps its log
         f"cxx = {shlex.join(compiler)}",
         "rule compile",
-        f"  command = $cxx {shlex.join(cflags)} $isa -MMD -MF $out.d -c $in -o $out",
+        f"  command = $cxx {shlex.join(cflags)} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = $cxx $in {shlex.join(ldflags)} $flags -o $out",
+        *(nvcc_rule(cuda, compiler) if cuda else []),
     ]
     objects: dict[bool, list[str]] = {False: [], True: []}
-    for source in sorted(Path("csrc").rglob("*.cpp")):
-        flags = isa_flags(source)
+    for source in sorted(p for p in Path("csrc").rglob("*") if p.suffix in (".cpp", ".cu")):
+        flags = source_flags(source)
         if flags is None:
             continue
-        compiled = str(folder / source.with_suffix(".o"))
+        compiled = f"{folder / source}.o"
         objects["standalone" in source.parts].append(compiled)
-        lines += [f"build {compiled}: compile {source}", f"  isa = {shlex.join(flags)}"]
+        lines += [
+            f"build {compiled} | {compiled}.ptxas: nvcc {source}"
+            if source.suffix == ".cu"
+            else f"build {compiled}: compile {source}",
+            f"  flags = {shlex.join(flags)}",
+        ]
     kernels, standalone = (folder / f"{name.split('.')[1]}.so" for name in LIBRARIES)
+    link_cuda = [*cuda.libraries, *LINK_CUDA] if cuda else []
     lines += [
         f"build {kernels}: link {' '.join(objects[False])} | csrc/exports.map",
-        f"  flags = {' '.join(LINK_KERNELS)}",
+        f"  flags = {shlex.join([*LINK_KERNELS, *link_cuda])}",
         f"build {standalone}: link {' '.join(objects[True])} {kernels}"
         " | csrc/standalone/exports.map",
         f"  flags = {' '.join(LINK_STANDALONE)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a generated header; one that is as it was must not make ninja compile again."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
 
 
 class BuildLibrary(build_ext):
@@ -172,9 +279,8 @@ class BuildLibrary(build_ext):
         folder = Path("build", "sanitize" if sanitize else "native")
         built = folder / f"{ext.name.split('.')[1]}.so"
         folder.mkdir(parents=True, exist_ok=True)
-        header, text = folder / "definitions.h", definitions_header()
-        if not header.is_file() or header.read_text() != text:
-            header.write_text(text)
+        write_if_changed(folder / "definitions.h", definitions_header())
+        write_if_changed(folder / "build_cuda.h", cuda_header())
         compiler = find_compiler()
         assert compiler is not None  # else there is no extension to build
         (folder / "build.ninja").write_text(ninja_file(compiler, folder))
@@ -199,7 +305,7 @@ class TagWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-check_cuda_request()
+find_cuda()  # refuses what it cannot do before anything is built
 if find_compiler() is None:
     warnings.warn("no C++ compiler: torch_sage will run torch's own attention", stacklevel=1)
 setup(

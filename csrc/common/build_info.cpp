@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 
+#include "build_cuda.h"  // setup.py writes it
 #include "common/cpu_isa.h"
 
 #if defined(__x86_64__)
@@ -21,8 +22,8 @@ extern "C" __attribute__((visibility("default"))) const char* torch_sage_build_i
       isa = error.what();
     }
     return "cpu_isa=" + isa +
-           "\ncompiled_cpu_isas=" TORCH_SAGE_COMPILED_ISAS "\ncuda=none\ncompiler=" __VERSION__
-           "\n";
+           "\ncompiled_cpu_isas=" TORCH_SAGE_COMPILED_ISAS "\ncuda=" TORCH_SAGE_CUDA
+           "\ncuda_version=" TORCH_SAGE_CUDA_VERSION "\ncompiler=" __VERSION__ "\n";
   }();
   return info.c_str();
 }
