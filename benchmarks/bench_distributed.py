@@ -31,7 +31,7 @@ from benchmarks.shapes import Shape
 from torch_sage import SageConfig, distributed
 from torch_sage.distributed.block import pack, quantize
 from torch_sage.distributed.order import Order
-from torch_sage.recipes import resolve
+from torch_sage.recipes import resolve_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What travels is quantized, and then Q is not smoothed: the one-rank contender does the same.
@@ -78,7 +78,7 @@ def _synchronize(device: torch.device) -> None:
 def sent_bytes(method: Method, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
     """Return what a rank sends in one call, and what that would be with K and V in 16 bits."""
     ranks = dist.get_world_size()
-    packet = pack(quantize(key, value, resolve(CONFIG, key.device.type))).nbytes
+    packet = pack(quantize(key, value, resolve_in(key.device.type, CONFIG, key.dtype))).nbytes
     plain = 2 * (key.numel() + value.numel())
     if method.is_ring:
         return (ranks - 1) * packet, (ranks - 1) * plain

@@ -40,13 +40,14 @@ std::tuple<Tensor, Tensor> attention_with_lse(
 Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
             const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
             const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
-            const Text& output_order);
+            const Text& exponential, const Text& output_order);
 
 std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          const Tensor& value,
                                          const std::optional<Tensor>& attn_mask, const Text& causal,
                                          std::optional<double> scale, const Text& qk,
                                          const Text& granularity, const Text& pv,
-                                         const Text& smooth, const Text& output_order);
+                                         const Text& smooth, const Text& exponential,
+                                         const Text& output_order);
 
 }  // namespace torch_sage

@@ -78,9 +78,10 @@ def recipe(qk: str, granularity: str, pv: str, smooth: str, **options: Any) -> d
     return {"qk": qk, "granularity": granularity, "pv": pv, "smooth": smooth, **options}
 
 
+CPU = SUPPORT["cpu"].default
 ROWS: dict[str, dict[str, Any]] = {
     # On the CPU one mean is taken from all rows of Q in a head.
-    "CPU default": {**SUPPORT["cpu"].default.op_kwargs(), "smooth_block": SEQLEN},
+    "CPU default": recipe(CPU.qk, CPU.granularity, CPU.pv, CPU.smooth, smooth_block=SEQLEN),
     "int8 token, bf16, smooth k": recipe("int8", "token", "bf16", "k"),
     "int8 block, bf16, smooth k": recipe("int8", "block", "bf16", "k"),
     "`i8f16` token": recipe("int8", "token", "fp16", "k"),

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "torch_sage"
 
 # Lower levels know nothing of higher ones; within a level only along the listed order.
 LEVELS: list[list[str]] = [
-    ["torch_sage.config"],
-    ["torch_sage.recipes", "torch_sage.crossover"],
-    ["torch_sage.reference", "torch_sage._extension", "torch_sage.ops.reasons"],
+    ["torch_sage.config", "torch_sage._extension"],
+    ["torch_sage.devices", "torch_sage.recipes", "torch_sage.crossover"],
+    ["torch_sage.reference", "torch_sage.ops.reasons"],
     [
         "torch_sage.ops.checks",
         "torch_sage.ops.schemas",

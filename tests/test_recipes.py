@@ -2,81 +2,237 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from torch_sage import _extension, devices
 from torch_sage.config import PRESETS, SageConfig
 from torch_sage.ops.checks import FLOAT_DTYPES, recipe_problems
 from torch_sage.recipes import (
+    EXPONENTIALS,
     GRANULARITIES,
+    PREPARED,
     PV_FORMATS,
     QK_FORMATS,
     SMOOTH_LETTERS,
     SUPPORT,
     Recipe,
+    choose_row,
     resolve,
+    resolve_in,
+    rows_of_type,
 )
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BF16 = torch.bfloat16
 
-@pytest.mark.parametrize("device", SUPPORT)
-def test_tables_hold_known_values_only(device: str) -> None:
-    support = SUPPORT[device]
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge as on a GPU of capability 9.0 whose kernels the library has."""
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("sm90",))
+    monkeypatch.setattr(devices, "capability", lambda index: (9, 0))
+
+
+@pytest.mark.parametrize("row", SUPPORT)
+def test_tables_hold_known_values_only(row: str) -> None:
+    support = SUPPORT[row]
     assert set(support.qk) <= set(QK_FORMATS)
     assert set(support.granularity) <= set(GRANULARITIES)
     assert set(support.pv) <= set(PV_FORMATS)
-    assert set(support.half) == set(FLOAT_DTYPES)
+    assert set(support.exponential) <= set(EXPONENTIALS)
+    assert set(support.half) in (set(FLOAT_DTYPES), set())
     assert set(support.half.values()) <= set(support.pv)
     for smooth in support.smooth:
         assert smooth == "".join(letter for letter in SMOOTH_LETTERS if letter in smooth)
 
 
-@pytest.mark.parametrize("device", SUPPORT)
-def test_default_is_supported_and_is_what_auto_means(device: str) -> None:
-    support = SUPPORT[device]
+def test_every_known_value_is_in_some_row_or_a_preset() -> None:
+    """A value that nothing takes would be documented for nothing."""
+    for field, known in (("granularity", GRANULARITIES), ("exponential", EXPONENTIALS)):
+        assert {value for row in SUPPORT.values() for value in getattr(row, field)} == set(known)
+
+
+@pytest.mark.parametrize("row", SUPPORT)
+def test_default_is_supported_and_is_what_auto_means(row: str) -> None:
+    support = SUPPORT[row]
     assert support.allows(support.default)
-    assert resolve(SageConfig(), device) == support.default
+    assert resolve_in(row, SageConfig(), BF16) == support.default
 
 
-@pytest.mark.parametrize("device", SUPPORT)
+@pytest.mark.parametrize("row", SUPPORT)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_allows_agrees_with_the_ops_own_check(device: str, preset: str) -> None:
-    recipe = resolve(PRESETS[preset], device)
-    assert SUPPORT[device].allows(recipe) == (not [*recipe_problems(device, **recipe.op_kwargs())])
+def test_allows_agrees_with_the_ops_own_check(row: str, preset: str) -> None:
+    recipe = resolve_in(row, PRESETS[preset], BF16)
+    assert SUPPORT[row].allows(recipe) == (not recipe_problems({row: recipe.op_kwargs()}))
+
+
+def on_cpu(**fields: Any) -> Recipe:
+    return resolve(SageConfig(**fields), CPU, BF16)
 
 
 def test_fields_override_the_default_one_by_one() -> None:
     default = SUPPORT["cpu"].default
-    assert resolve(SageConfig(granularity="warp"), "cpu").granularity == "warp"
-    assert resolve(SageConfig(smooth_k=False), "cpu").smooth == "q"
-    assert resolve(SageConfig(smooth_v=True), "cpu").smooth == default.smooth + "v"
-    assert resolve(SageConfig(smooth_q=True, smooth_v=True), "cpu").smooth == "qkv"
-    assert resolve(SageConfig(pv="half"), "cpu").pv == "bf16"
-    assert resolve(SageConfig(pv="e4m3"), "cpu").pv == "e4m3"
-    assert resolve(SageConfig(qk="int4"), "cpu").qk == "int4"
+    assert on_cpu(granularity="warp").granularity == "warp"
+    assert on_cpu(smooth_k=False).smooth == "q"
+    assert on_cpu(smooth_v=True).smooth == default.smooth + "v"
+    assert on_cpu(smooth_q=True, smooth_v=True).smooth == "qkv"
+    assert on_cpu(pv="half").pv == "bf16"
+    assert on_cpu(pv="e4m3").pv == "e4m3"
+    assert on_cpu(qk="int4").qk == "int4"
+    assert on_cpu(exponential="mixed").exponential == "mixed"
 
 
 def test_half_is_the_16_bit_type_of_the_operands() -> None:
     for pv in ("auto", "half"):
-        formats = [resolve(SageConfig(pv=pv), "cuda", dtype).pv for dtype in FLOAT_DTYPES]
+        config = SageConfig(pv=pv)
+        formats = [resolve(config, CUDA, dtype).pv for dtype in FLOAT_DTYPES]
         assert formats == ["bf16", "bf16", "fp16"]
-        assert {resolve(SageConfig(pv=pv), "cpu", dtype).pv for dtype in FLOAT_DTYPES} == {"bf16"}
-    assert resolve(SageConfig(pv="bf16"), "cuda", torch.float16).pv == "bf16"
+        assert {resolve(config, CPU, dtype).pv for dtype in FLOAT_DTYPES} == {"bf16"}
+    assert resolve(SageConfig(pv="bf16"), CUDA, torch.float16).pv == "bf16"
 
 
 def test_paper_presets_on_the_cpu() -> None:
-    resolved = {name: resolve(preset, "cpu") for name, preset in PRESETS.items()}
+    resolved = {name: resolve(preset, CPU, BF16) for name, preset in PRESETS.items()}
     runs = [name for name, recipe in resolved.items() if SUPPORT["cpu"].allows(recipe)]
     assert runs == ["auto", "sage1"]
-    assert resolve(PRESETS["sage2_4b"], "cpu") == Recipe("int4", "thread", "e4m3", "qk")
+    assert resolved["sage2_4b"] == Recipe("int4", "thread", "e4m3", "qk")
 
 
 def test_unknown_device_is_an_error() -> None:
     with pytest.raises(KeyError):
-        resolve(SageConfig(), "abacus")
+        resolve(SageConfig(), torch.device("meta"), BF16)
 
 
 def test_name_and_op_arguments() -> None:
     recipe = Recipe("int8", "token", "bf16", "")
     assert recipe.name == "int8.token/bf16/smooth-none"
-    expected = {"qk": "int8", "granularity": "token", "pv": "bf16", "smooth": ""}
+    expected = {
+        "qk": "int8",
+        "granularity": "token",
+        "pv": "bf16",
+        "smooth": "",
+        "exponential": "exact",
+    }
     assert recipe.op_kwargs() == expected
+    assert Recipe.of_op({**expected, "scale": None}) == recipe
+    mixed = SUPPORT[PREPARED].default
+    assert mixed.name == "int8.token_thread/e4m3_fp16/smooth-kv/exp-mixed"
+    assert Recipe.of_op(mixed.op_kwargs()) == mixed
+
+
+FALLS_TO_TRITON: list[dict[str, Any]] = [
+    {"pv": "half"},
+    {"pv": "bf16"},
+    {"smooth_q": True},
+    {"granularity": "token"},
+]
+
+
+def test_hopper_prefers_its_own_row(hopper: None) -> None:
+    own, triton = SUPPORT["cuda.sm90"], SUPPORT["cuda"]
+    assert resolve(SageConfig(), CUDA, BF16) == own.default
+    for dtype in FLOAT_DTYPES:
+        assert resolve(SageConfig(pv="e4m3_fp16", smooth_v=False), CUDA, dtype).smooth == "k"
+    exact = resolve(SageConfig(exponential="exact"), CUDA, BF16)
+    assert own.allows(exact) and exact.name == "int8.token_thread/e4m3_fp16/smooth-kv"
+    for fields in FALLS_TO_TRITON:
+        recipe = resolve(SageConfig(**fields), CUDA, BF16)
+        assert triton.allows(recipe) and not own.allows(recipe), fields
+    assert resolve(SageConfig(pv="half"), CUDA, torch.float16).pv == "fp16"
+    assert resolve(PRESETS["sage1"], CUDA, BF16) == Recipe("int8", "block", "bf16", "k")
+    assert resolve(SageConfig(), CPU, BF16) == SUPPORT["cpu"].default
+
+
+def test_what_no_row_runs_is_the_recipe_of_the_preferred_one(hopper: None) -> None:
+    config = SageConfig(pv="e4m3")
+    rows = devices.rows_of(CUDA)
+    assert rows == ("cuda.sm90", "cuda")
+    assert choose_row(config, rows, BF16) == "cuda.sm90"
+    assert resolve(config, CUDA, BF16) == Recipe("int8", "token_thread", "e4m3", "kv", "mixed")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability"),
+    [((), (9, 0)), (("sm90",), (8, 9)), (("sm90",), (10, 0)), (("sm90",), None)],
+)
+def test_every_other_gpu_has_the_row_of_triton(
+    archs: tuple[str, ...], capability: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code for sm_90a runs on no other capability, newer ones included."""
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: archs)
+    monkeypatch.setattr(devices, "capability", lambda index: capability)
+    assert devices.rows_of(CUDA) == ("cuda",)
+    assert resolve(SageConfig(), CUDA, BF16) == SUPPORT["cuda"].default
+    assert devices.lack_of_sm90("query", CUDA) is not None
+
+
+def test_a_fake_gpu_is_judged_without_a_gpu() -> None:
+    """Tracing for CUDA on a machine that has none must neither fail nor initialise CUDA."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without GPU, got one")
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 64, 64, device="cuda")
+    assert resolve(SageConfig(), x.device, x.dtype) == SUPPORT["cuda"].default
+
+
+def test_lack_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
+    needs = "key must be on a GPU of compute capability 9.0, got "
+    assert devices.lack_of_sm90("key", CUDA) is None
+    assert devices.lack_of_sm90("key", CPU) == needs + "cpu"
+    monkeypatch.setattr(devices, "capability", lambda index: (8, 6))
+    assert devices.lack_of_sm90("key", CUDA) == needs + "8.6"
+    monkeypatch.setattr(devices, "capability", lambda index: None)
+    assert devices.lack_of_sm90("key", CUDA) == needs + "none that torch can use"
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ())
+    assert devices.lack_of_sm90("key", CUDA) == (
+        "the native library must be built with kernels for sm90, got one without"
+    )
+
+
+def test_archs_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    archs = _extension.cuda_archs.__wrapped__
+    monkeypatch.setattr(_extension, "is_available", lambda: True)
+    for listed, expected in (("none", ()), ("sm90", ("sm90",)), ("sm90,sm100", ("sm90", "sm100"))):
+        monkeypatch.setattr(_extension, "build_info", lambda listed=listed: {"cuda": listed})
+        assert archs() == expected
+    monkeypatch.setattr(_extension, "is_available", lambda: False)
+    assert archs() == ()
+
+
+def test_rows_by_type_of_device() -> None:
+    assert rows_of_type("cpu") == rows_of_type("cpu", parts=True) == ("cpu",)
+    assert rows_of_type("cuda") == ("cuda", "cuda.sm90")
+    assert rows_of_type("cuda", parts=True) == ("cuda",)
+    assert rows_of_type("meta") == tuple(SUPPORT)
+    assert rows_of_type("meta", parts=True) == ("cpu", "cuda")
+
+
+def judge(device_type: str, **changes: str) -> list[str]:
+    recipe = {**SUPPORT[PREPARED].default.op_kwargs(), **changes}
+    return recipe_problems(dict.fromkeys(rows_of_type(device_type), recipe))
+
+
+def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
+    assert judge("cuda") == judge("meta") == []
+    triton = {"granularity": "token", "pv": "bf16", "exponential": "exact"}
+    assert judge("cuda", **triton) == []
+    # Every value is legal on CUDA, in one row or the other.
+    assert judge("cuda", granularity="token", exponential="exact") == [
+        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16', or "
+        "granularity must be one of ['token_thread'] on cuda.sm90, got 'token'"
+    ]
+    (problem,) = judge("cuda", pv="bf16", exponential="exact")
+    assert "granularity must be one of ['token', 'thread', 'warp', 'block'] on cuda" in problem
+    assert "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'bf16'" in problem
+    # One that is legal in none is all there is to say.
+    assert judge("cuda", qk="int4") == [
+        "qk must be one of ['int8'] on cuda, got 'int4', or "
+        "qk must be one of ['int8'] on cuda.sm90, got 'int4'"
+    ]
+    assert judge("cpu", granularity="token", pv="bf16", qk="int4", exponential="exact") == [
+        "qk must be one of ['int8'] on cpu, got 'int4'"
+    ]

@@ -102,6 +102,13 @@ def build_info() -> dict[str, str]:
 
 
 @cache
+def cuda_archs() -> tuple[str, ...]:
+    """Return what GPUs the library has CUDA code for, such as "sm90"; none where it is absent."""
+    built_for = build_info()["cuda"] if is_available() else "none"
+    return () if built_for == "none" else tuple(built_for.split(","))
+
+
+@cache
 def cpu_isa() -> str:
     """Return the instruction set of the CPU kernels in use; "none" where no library is loaded."""
     return build_info()["cpu_isa"] if is_available() else "none"

@@ -162,7 +162,7 @@ def attention_with_lse(
     if reasons:
         _announce(reasons, config)
         return _exact_with_lse(q, k, v, mask, causal, scale)
-    recipe = resolve(config, query.device.type, query.dtype).op_kwargs()
+    recipe = resolve(config, query.device, query.dtype).op_kwargs()
     output, lse = ops.sdpa_with_lse(
         q, k, v, mask, causal, scale, output_order=_order(query, value), **recipe
     )
@@ -272,7 +272,7 @@ def _make_plan(
     if reasons:
         return _Plan(reasons, False, False, "none", {}, True)
     mask, causal = causal_of(attn_mask, is_causal)
-    recipe = resolve(config, query.device.type, query.dtype).op_kwargs()
+    recipe = resolve(config, query.device, query.dtype).op_kwargs()
     q, k, v = as_matrices(query, key, value)
     return _Plan(
         reasons=(),

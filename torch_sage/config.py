@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 QKFormat = Literal["auto", "int8", "int4"]
-Granularity = Literal["auto", "token", "thread", "warp", "block", "tensor"]
+Granularity = Literal["auto", "token", "thread", "warp", "block", "tensor", "token_thread"]
 PVFormat = Literal["auto", "half", "bf16", "fp16", "e4m3", "e4m3_fp16"]
+Exponential = Literal["auto", "exact", "mixed"]
 OnUnsupported = Literal["fallback", "warn", "error"]
 Dispatch = Literal["measured", "always"]
 
@@ -27,7 +28,8 @@ class SageConfig:
     """Integer format of Q and K codes."""
 
     granularity: Granularity = "auto"
-    """Rows of Q and K that share one scale."""
+    """Rows of Q and K that share one scale; ``token_thread`` is ``token`` for Q, ``thread`` for
+    K."""
 
     pv: PVFormat = "auto"
     """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates
@@ -42,6 +44,10 @@ class SageConfig:
 
     smooth_v: bool | None = None
     """Subtract the token mean of V before quantization and add it to the output."""
+
+    exponential: Exponential = "auto"
+    """How P is computed: ``exact`` to fp32, or ``mixed``, which is faster and approximates some
+    columns inside the rounding of P to E4M3."""
 
     dispatch: Dispatch = "measured"
     """``measured`` leaves exact SDPA where it was measured to be faster; ``always`` never does."""
@@ -58,6 +64,7 @@ class SageConfig:
             "smooth_q": (None, True, False),
             "smooth_k": (None, True, False),
             "smooth_v": (None, True, False),
+            "exponential": get_args(Exponential),
             "dispatch": get_args(Dispatch),
             "on_unsupported": get_args(OnUnsupported),
         }

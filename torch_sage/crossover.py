@@ -1,4 +1,4 @@
-"""Where exact SDPA is faster than quantized attention: measured, as one small rule per device.
+"""Where exact SDPA is faster than quantized attention: measured, one small rule per family.
 
 Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
 is their ratio: how often an element is used. Grouped heads save no elements: smoothing Q reads K
@@ -20,25 +20,41 @@ class Crossover(NamedTuple):
     """Multiplications per element of q, k and v, the latter counted for every query head."""
 
     multiplications: float
-    """Multiplications of one call, those a causal mask saves included: SDPA hardly saves them."""
+    """Multiplications of one call, those a causal mask saves included."""
 
+
+class Rule(NamedTuple):
+    """The crossovers of one family of kernels."""
+
+    full: Crossover
+    """Without a mask, or with one that is a tensor."""
+
+    causal: Crossover
+    """With a causal mask, which halves the products and leaves the cost of quantizing."""
+
+
+_NEVER = Crossover(reuse=math.inf, multiplications=math.inf)
+# SDPA on CPU hardly saves what a causal mask hides, so the same sizes decide.
+_CPU = Crossover(reuse=64, multiplications=9.4e6)
 
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
 # without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
 #
 # CUDA: on an H100 the Triton kernels had 0.2 to 0.8 times the speed of torch's best backend
-# (docs/kernels/triton.md). Other GPUs are not measured: what is not known to be faster does not run
-# unless dispatch='always' asks for it.
-CROSSOVER: dict[str, Crossover] = {
-    "cpu": Crossover(reuse=64, multiplications=9.4e6),
-    "cpu.portable": Crossover(reuse=math.inf, multiplications=math.inf),
-    "cuda": Crossover(reuse=math.inf, multiplications=math.inf),
+# (docs/kernels/triton.md). Other GPUs are not measured, nor are the kernels for compute capability
+# 9.0: what is not known to be faster does not run unless dispatch='always' asks for it.
+CROSSOVER: dict[str, Rule] = {
+    "cpu": Rule(full=_CPU, causal=_CPU),
+    "cpu.portable": Rule(full=_NEVER, causal=_NEVER),
+    "cuda": Rule(full=_NEVER, causal=_NEVER),
+    "cuda.sm90": Rule(full=_NEVER, causal=_NEVER),
 }
 
 
 def prefers_exact(
     kernel: str,
     *,
+    is_causal: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
@@ -50,7 +66,8 @@ def prefers_exact(
 
     ``kernel`` is a key of ``CROSSOVER``.
     """
-    crossover = CROSSOVER[kernel]
+    rule = CROSSOVER[kernel]
+    crossover = rule.causal if is_causal else rule.full
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
     elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
     return multiplications < max(crossover.multiplications, crossover.reuse * elements)

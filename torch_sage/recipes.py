@@ -1,19 +1,21 @@
-"""What each kind of device computes: one table of recipes, one of measured crossovers."""
+"""What each kind of device computes: the table of recipes, and how a configuration picks one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from torch_sage.config import SageConfig
+from torch_sage.devices import rows_of
 
 QK_FORMATS = ("int8", "int4")
-GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
+GRANULARITIES = ("token", "thread", "warp", "block", "tensor", "token_thread")
 PV_FORMATS = ("bf16", "fp16", "e4m3", "e4m3_fp16")
 SMOOTH_LETTERS = "qkv"
+EXPONENTIALS = ("exact", "mixed")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Recipe:
     """Format of Q and K codes: one of ``QK_FORMATS``."""
 
     granularity: str
-    """Rows sharing one Q or K scale: one of ``GRANULARITIES``."""
+    """Rows sharing one Q or K scale: one of ``GRANULARITIES``; ``token_thread`` has a scale for
+    every row of Q and for every fourth pair of rows in a block of 128 of K."""
 
     pv: str
     """Format of P and V and its accumulator: one of ``PV_FORMATS``."""
@@ -32,10 +35,20 @@ class Recipe:
     smooth: str
     """Which of q, k, v are smoothed: a subset of "qkv" in that order."""
 
+    exponential: str = "exact"
+    """How P is computed from the scores: one of ``EXPONENTIALS``. ``mixed`` takes a mantissa linear
+    in the score for some columns, an error inside the rounding of P to E4M3."""
+
+    @classmethod
+    def of_op(cls, arguments: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a call of the op ``sdpa`` with these ``arguments`` runs."""
+        return cls(*(arguments[name] for name in cls.__dataclass_fields__))
+
     @property
     def name(self) -> str:
         """Readable name, such as ``int8.token/bf16/smooth-qk``."""
-        return f"{self.qk}.{self.granularity}/{self.pv}/smooth-{self.smooth or 'none'}"
+        formats = f"{self.qk}.{self.granularity}/{self.pv}/smooth-{self.smooth or 'none'}"
+        return formats if self.exponential == "exact" else f"{formats}/exp-{self.exponential}"
 
     def op_kwargs(self) -> dict[str, str]:
         """Return the keyword arguments with which the op ``sdpa`` runs this recipe."""
@@ -44,28 +57,34 @@ class Recipe:
             "granularity": self.granularity,
             "pv": self.pv,
             "smooth": self.smooth,
+            "exponential": self.exponential,
         }
 
 
 class Support(NamedTuple):
-    """The recipes that one kind of device can run, as a product of legal values."""
+    """The recipes that one family of kernels can run, as a product of legal values."""
 
     default: Recipe
     qk: tuple[str, ...]
     granularity: tuple[str, ...]
     pv: tuple[str, ...]
     smooth: tuple[str, ...]
+    exponential: tuple[str, ...]
 
     half: Mapping[torch.dtype, str]
-    """The 16-bit format of P and V for each dtype of the operands."""
+    """The 16-bit format of P and V for each dtype of the operands; empty where there is none."""
+
+    has_parts: bool
+    """Whether the ops ``quantize_*`` and ``attention`` run these recipes, not only ``sdpa``."""
 
     def allows(self, recipe: Recipe) -> bool:
-        """Return whether a kernel of this device runs ``recipe``."""
+        """Return whether a kernel of this family runs ``recipe``."""
         return (
             recipe.qk in self.qk
             and recipe.granularity in self.granularity
             and recipe.pv in self.pv
             and recipe.smooth in self.smooth
+            and recipe.exponential in self.exponential
         )
 
 
@@ -76,15 +95,21 @@ class Support(NamedTuple):
 #
 # CUDA, by Triton: the same arithmetic, so the same defaults; V keeps its own 16-bit type and needs
 # no pass, and fp32 V takes the one that has its range.
+#
+# CUDA of compute capability 9.0 alone: one recipe, which leaves the least to do between the two
+# products on tensor cores (docs/kernels/hopper.md). K and V are centred in the pass that quantizes
+# them anyway; Q has no such pass.
 _ALL_SMOOTHING = ("", "k", "v", "kv", "q", "qk", "qv", "qkv")
 SUPPORT: dict[str, Support] = {
     "cpu": Support(
         default=Recipe("int8", "token", "bf16", "qk"),
         qk=("int8",),
-        granularity=GRANULARITIES,
+        granularity=("token", "thread", "warp", "block", "tensor"),
         pv=("bf16",),
         smooth=_ALL_SMOOTHING,
+        exponential=("exact",),
         half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "bf16"},
+        has_parts=True,
     ),
     "cuda": Support(
         default=Recipe("int8", "token", "bf16", "qk"),
@@ -92,20 +117,43 @@ SUPPORT: dict[str, Support] = {
         granularity=("token", "thread", "warp", "block"),
         pv=("bf16", "fp16"),
         smooth=_ALL_SMOOTHING,
+        exponential=("exact",),
         half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "fp16"},
+        has_parts=True,
+    ),
+    "cuda.sm90": Support(
+        default=Recipe("int8", "token_thread", "e4m3_fp16", "kv", "mixed"),
+        qk=("int8",),
+        granularity=("token_thread",),
+        pv=("e4m3_fp16",),
+        smooth=("", "k", "v", "kv"),
+        exponential=("mixed", "exact"),
+        half={},
+        has_parts=False,
     ),
 }
+"""Rows by the type of device; after a dot, those of its models that have the kernels."""
+
+PREPARED = "cuda.sm90"
+"""The row that takes keys and values quantized before, by ``prepare_kv``."""
 
 
-def resolve(config: SageConfig, device_type: str, dtype: torch.dtype = torch.bfloat16) -> Recipe:
-    """Return the recipe that ``config`` asks for on ``device_type``; it may not be supported there.
+def rows_of_type(device_type: str, parts: bool = False) -> tuple[str, ...]:
+    """Return the rows that some device of a type runs, the whole op or its parts.
+
+    A device without kernels ("meta") may trace what any device runs.
+    """
+    usable = [row for row, support in SUPPORT.items() if support.has_parts or not parts]
+    own = tuple(row for row in usable if row.split(".")[0] == device_type)
+    return own or tuple(usable)
+
+
+def resolve_in(row: str, config: SageConfig, dtype: torch.dtype) -> Recipe:
+    """Return what ``config`` means in a row of the table; that row may not support it.
 
     ``dtype`` of the operands decides what 16 bits are.
-
-    Raises:
-        KeyError: if no recipe exists for ``device_type`` (``device_type not in SUPPORT``).
     """
-    support = SUPPORT[device_type]
+    support = SUPPORT[row]
     default = support.default
 
     def choose(letter: str, wanted: bool | None) -> bool:
@@ -113,7 +161,7 @@ def resolve(config: SageConfig, device_type: str, dtype: torch.dtype = torch.bfl
 
     wanted = {"q": config.smooth_q, "k": config.smooth_k, "v": config.smooth_v}
     pv: str = config.pv
-    if pv == "half" or (pv == "auto" and default.pv in support.half.values()):
+    if support.half and (pv == "half" or (pv == "auto" and default.pv in support.half.values())):
         pv = support.half.get(dtype, default.pv)
     elif pv == "auto":
         pv = default.pv
@@ -122,4 +170,22 @@ def resolve(config: SageConfig, device_type: str, dtype: torch.dtype = torch.bfl
         granularity=default.granularity if config.granularity == "auto" else config.granularity,
         pv=pv,
         smooth="".join(s for s in SMOOTH_LETTERS if choose(s, wanted[s])),
+        exponential=default.exponential if config.exponential == "auto" else config.exponential,
     )
+
+
+def choose_row(config: SageConfig, rows: Sequence[str], dtype: torch.dtype) -> str:
+    """Return the first of ``rows`` that supports ``config``, else the first of all."""
+    for row in rows:
+        if SUPPORT[row].allows(resolve_in(row, config, dtype)):
+            return row
+    return rows[0]
+
+
+def resolve(config: SageConfig, device: torch.device, dtype: torch.dtype) -> Recipe:
+    """Return the recipe that ``config`` asks for on ``device``; it may not be supported there.
+
+    Raises:
+        KeyError: if ``device`` has no row at all (``device.type not in SUPPORT``).
+    """
+    return resolve_in(choose_row(config, rows_of(device), dtype), config, dtype)

@@ -321,9 +321,10 @@ std::tuple<Tensor, Tensor> attention_with_lse(
 Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
             const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
             const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
-            const Text& output_order) {
+            const Text& exponential, const Text& output_order) {
   parse("qk", qk, kQkFormats);
   parse("pv", pv, kPvFormats);
+  parse("exponential", exponential, kExponentials);
   return attend_whole(
              query, key, value, read_request(attn_mask, causal, scale, output_order, false),
              parse("granularity", granularity, kGranularities), parse("smooth", smooth, kSmoothing))
@@ -335,9 +336,11 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          const std::optional<Tensor>& attn_mask, const Text& causal,
                                          std::optional<double> scale, const Text& qk,
                                          const Text& granularity, const Text& pv,
-                                         const Text& smooth, const Text& output_order) {
+                                         const Text& smooth, const Text& exponential,
+                                         const Text& output_order) {
   parse("qk", qk, kQkFormats);
   parse("pv", pv, kPvFormats);
+  parse("exponential", exponential, kExponentials);
   const Result result = attend_whole(
       query, key, value, read_request(attn_mask, causal, scale, output_order, true),
       parse("granularity", granularity, kGranularities), parse("smooth", smooth, kSmoothing));

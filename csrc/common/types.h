@@ -14,6 +14,7 @@ namespace torch_sage {
 enum class QkFormat { kInt8 };
 enum class PvFormat { kBf16 };
 enum class Granularity { kToken, kThread, kWarp, kBlock, kTensor };
+enum class Exponential { kExact };
 enum class OutputOrder { kBhsd, kBshd };
 
 struct Smooth {
@@ -40,6 +41,7 @@ inline constexpr Names<Smooth, 8> kSmoothing = {{{"", {false, false, false}},
                                                  {"qk", {true, true, false}},
                                                  {"qv", {true, false, true}},
                                                  {"qkv", {true, true, true}}}};
+inline constexpr Names<Exponential, 1> kExponentials = {{{"exact", Exponential::kExact}}};
 inline constexpr Names<Causal, 3> kCausal = {{{"none", Causal::kNone},
                                               {"top_left", Causal::kTopLeft},
                                               {"bottom_right", Causal::kBottomRight}}};

@@ -15,12 +15,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_sage import _extension, ops
-from torch_sage.ops.schemas import DEFINITIONS
-from torch_sage.recipes import GRANULARITIES
+from torch_sage.ops.schemas import DEFINITIONS, PREPARED
+from torch_sage.recipes import SUPPORT
 
 needs_extension = pytest.mark.skipif(not _extension.is_available(), reason="extension not built")
 
 GQA = {"hq": 4, "hkv": 2}
+GRANULARITIES = SUPPORT["cpu"].granularity
 
 
 def qkv(
@@ -37,7 +38,7 @@ def quantized(granularity: str = "token", **shape: int) -> tuple[Tensor, ...]:
 
 
 def samples() -> list[Any]:
-    """Calls of every op: each granularity, masks, causality, layouts, empty tensors."""
+    """Calls of every op on CPU: each granularity, masks, causality, layouts, empty tensors."""
     q, k, v = qkv()
     mask = torch.rand(2, 1, 9, 11) > 0.3
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
@@ -105,7 +106,7 @@ def test_fake_strides_are_the_real_ones(
 
 def test_every_op_has_a_sample() -> None:
     if _extension.is_available():
-        assert {call.values[0] for call in CALLS} == set(DEFINITIONS)
+        assert {call.values[0] for call in CALLS} == set(DEFINITIONS) - set(PREPARED)
 
 
 def q_(*shape: int, **kwargs: Any) -> Tensor:
@@ -196,6 +197,11 @@ BAD_SDPA: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "granularity": ((q_(*S),) * 3, {"granularity": "row"}, "granularity must be one of ['token'"),
     "pv": ((q_(*S),) * 3, {"pv": "fp16"}, "pv must be one of ['bf16'] on cpu, got 'fp16'"),
     "smooth": ((q_(*S),) * 3, {"smooth": "vk"}, "smooth must be one of ['', 'k', 'v', 'kv'"),
+    "exponential": (
+        (q_(*S),) * 3,
+        {"exponential": "mixed"},
+        "exponential must be one of ['exact'] on cpu, got 'mixed'",
+    ),
 }
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_sage.config import SageConfig, as_config
 from torch_sage.distributed.group import agree
 from torch_sage.ops.checks import FLOAT_DTYPES, names, shape_of_mask_problems
-from torch_sage.ops.dispatch import validate, why_not
-from torch_sage.recipes import Recipe, resolve
+from torch_sage.ops.dispatch import device_reasons, validate, why_not
+from torch_sage.recipes import Recipe, resolve_in
 
 
 def accept(
@@ -54,9 +54,17 @@ def accept(
             "they were before quantization, got True"
         )
     config = config.with_options(dispatch="always", smooth_q=False)
-    if reasons := why_not(query, key, value, *semantics, config=config):
-        raise NotImplementedError("; ".join(f"{r.message} ({r.code})" for r in reasons))
-    return resolve(config, query.device.type, query.dtype)
+    # What travels is quantized by ops of its own, which are not part of every row of the table.
+    row = query.device.type
+    reasons = [
+        *why_not(query, key, value, *semantics, config=config),
+        *device_reasons(query, config, (row,)),
+    ]
+    if reasons:
+        raise NotImplementedError(
+            "; ".join(f"{r.message} ({r.code})" for r in dict.fromkeys(reasons))
+        )
+    return resolve_in(row, config, query.dtype)
 
 
 def accept_on_every_rank(

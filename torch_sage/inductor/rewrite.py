@@ -62,7 +62,7 @@ def apply(
         attach(found.anchor, _record(found, "", reasons))
         return False
     query = tensor(found.query)
-    recipe = resolve(config, query.device.type, query.dtype)
+    recipe = resolve(config, query.device, query.dtype)
     op = plan(
         torch.ops.torch_sage.sdpa.default,
         found.query,

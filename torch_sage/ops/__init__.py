@@ -24,6 +24,9 @@ attention = torch.ops.torch_sage.attention.default
 attention_with_lse = torch.ops.torch_sage.attention_with_lse.default
 sdpa = torch.ops.torch_sage.sdpa.default
 sdpa_with_lse = torch.ops.torch_sage.sdpa_with_lse.default
+prepare_kv = torch.ops.torch_sage.prepare_kv.default
+attention_prepared = torch.ops.torch_sage.attention_prepared.default
+attention_prepared_with_lse = torch.ops.torch_sage.attention_prepared_with_lse.default
 
 exact_sdpa = torch.ops.torch_sage.exact_sdpa.default
 exact_softmax = torch.ops.torch_sage.exact_softmax.default

@@ -8,14 +8,14 @@ sizes again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_sage.ops.reasons import Reason, ReasonCode
-from torch_sage.recipes import SUPPORT
+from torch_sage.recipes import PREPARED, SUPPORT
 
 Size = Any  # int | torch.SymInt: torch types the shape of a Tensor as int only
 
@@ -23,6 +23,10 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the codes of V by format
 MAX_HEAD_DIM = 256  # largest head_dim whose tiles fit the kernels' registers and shared memory
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+PADDED_HEAD_DIMS = (64, 128, 256)  # channels of a row of prepared keys and values
+TILE = 64  # tokens of one image of prepared codes
+KEY_BLOCK = 128  # tokens that share four scales of prepared keys
+VALUE_GROUP = 1024  # tokens that share a scale and a shift per channel of prepared values
 CAUSAL = ("none", "top_left", "bottom_right")
 OUTPUT_ORDERS = ("bhsd", "bshd")
 
@@ -142,22 +146,31 @@ def limits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) 
             )
 
 
-def legal(field: str, device_type: str) -> tuple[str, ...]:
-    """Return the values of a recipe ``field`` that a kernel of ``device_type`` runs.
+def recipe_problems(wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return why no row of the recipe table runs what is wanted of it; nothing if one does.
 
-    A device without kernels ("meta") may trace what any device runs.
+    Args:
+        wanted: for each row that may run, the recipe arguments to judge.
     """
-    rows = [SUPPORT[device_type]] if device_type in SUPPORT else list(SUPPORT.values())
-    values = {value: None for row in rows for value in getattr(row, field)}
-    return tuple(values)
+    found = [_row_problems(row, fields) for row, fields in wanted.items()]
+    if not all(found):
+        return []
+    if len(found) == 1:
+        return [*found[0].values()]
+    # What is wrong in every row is enough to say; else each row has its own objection.
+    shared = set(found[0]).intersection(*found)
+    relevant = [[p for f, p in problems.items() if not shared or f in shared] for problems in found]
+    return [", or ".join(" and ".join(problems) for problems in relevant)]
 
 
-def recipe_problems(device_type: str, **fields: str) -> Iterator[str]:
-    """Yield which recipe arguments no kernel of ``device_type`` runs."""
+def _row_problems(row: str, fields: Mapping[str, str]) -> dict[str, str]:
+    """Return by field which values a row of the recipe table does not have."""
+    problems = {}
     for field, got in fields.items():
-        if got not in legal(field, device_type):
-            valid = list(legal(field, device_type))
-            yield f"{field} must be one of {valid} on {device_type}, got {got!r}"
+        valid = getattr(SUPPORT[row], field)
+        if got not in valid:
+            problems[field] = f"{field} must be one of {list(valid)} on {row}, got {got!r}"
+    return problems
 
 
 def group_problems(block: int, warp: int | None = None) -> Iterator[str]:
@@ -257,4 +270,74 @@ def quantized_problems(
         yield f"value_codes must have a head_dim between 1 and {MAX_HEAD_DIM}, got {dv}"
     yield from head_contradictions(hq, h)
     yield from mask_contradictions(query, m, attn_mask, causal)
+    yield from scale_problems(scale)
+
+
+def padded_head_dim(head_dim: Size, head_dim_v: Size) -> int:
+    """Return how many channels a row of prepared keys, and one of values, has."""
+    return next(size for size in PADDED_HEAD_DIMS if max(head_dim, head_dim_v) <= size)
+
+
+def prepared_operands(
+    batch: Size, heads: Size, seqlen_k: Size, head_dim: Size, head_dim_v: Size
+) -> dict[str, tuple[torch.dtype, tuple[Size, ...]]]:
+    """Return dtype and shape of each tensor that ``prepare_kv`` returns."""
+    padded = padded_head_dim(head_dim, head_dim_v)
+    blocks = (seqlen_k + KEY_BLOCK - 1) // KEY_BLOCK
+    images = (batch, heads, blocks * (KEY_BLOCK // TILE), TILE * padded)
+    groups = (batch, heads, (seqlen_k + VALUE_GROUP - 1) // VALUE_GROUP, padded)
+    return {
+        "key_codes": (torch.int8, images),
+        "key_scales": (torch.float32, (batch, heads, blocks, 4)),
+        "key_mean": (torch.float32, (batch, heads, head_dim)),
+        "value_codes": (torch.uint8, images),
+        "value_scales": (torch.float32, groups),
+        "value_shift": (torch.float32, groups),
+    }
+
+
+def preparation_problems(key: Tensor, value: Tensor, smooth: str) -> Iterator[str]:
+    """Yield every reason why ``key`` and ``value`` cannot be prepared."""
+    yield from recipe_problems({PREPARED: {"smooth": smooth}})
+    ranks = list(rank_problems(key=key, value=value))
+    if ranks:
+        yield from ranks
+        return
+    yield from quantizer_problems("key", key, None)
+    yield from quantizer_problems("value", value, None)
+    expected = (*key.shape[:3], value.shape[3])
+    yield from operand_problems("value", value, key, key.dtype, expected)
+
+
+def prepared_problems(
+    query: Tensor,
+    prepared: Mapping[str, Tensor],
+    seqlen_k: Size,
+    head_dim_v: Size,
+    attn_mask: Tensor | None,
+    causal: str,
+    scale: float | None,
+    exponential: str,
+) -> Iterator[str]:
+    """Yield why ``query`` cannot attend to what ``prepare_kv`` returned for ``seqlen_k`` tokens."""
+    yield from recipe_problems({PREPARED: {"exponential": exponential}})
+    sizes = []
+    if known(seqlen_k < 0):
+        sizes.append(f"seqlen_k must not be negative, got {seqlen_k}")
+    if known(head_dim_v < 1) or known(head_dim_v > MAX_HEAD_DIM):
+        sizes.append(f"head_dim_v must be between 1 and {MAX_HEAD_DIM}, got {head_dim_v}")
+    sizes += rank_problems(query=query)
+    if prepared["key_codes"].dim() != 4:
+        got = list(prepared["key_codes"].shape)
+        sizes.append(f"key_codes must be 4-D [batch, heads, tiles, codes], got {got}")
+    if sizes:
+        yield from sizes
+        return
+    yield from (reason.message for reason in limits(query, query, query, attn_mask))
+    (b, hq, _, d), h = query.shape, prepared["key_codes"].shape[1]
+    if not (known(d < 1) or known(d > MAX_HEAD_DIM)):
+        for name, (dtype, shape) in prepared_operands(b, h, seqlen_k, d, head_dim_v).items():
+            yield from operand_problems(name, prepared[name], query, dtype, shape)
+    yield from head_contradictions(hq, h)
+    yield from mask_contradictions(query, seqlen_k, attn_mask, causal)
     yield from scale_problems(scale)

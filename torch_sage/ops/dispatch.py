@@ -13,6 +13,7 @@ counts only where it is known for certain, and by its hint where speed alone is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,16 +22,26 @@ from torch import Tensor
 from torch_sage import _extension
 from torch_sage.config import SageConfig, as_config
 from torch_sage.crossover import prefers_exact
+from torch_sage.devices import rows_of
 from torch_sage.ops import checks, gpu
 from torch_sage.ops.checks import Size, known
 from torch_sage.ops.reasons import Reason, ReasonCode
 from torch_sage.ops.rules import wants_gradient
-from torch_sage.recipes import SUPPORT, resolve
+from torch_sage.recipes import SUPPORT, choose_row, resolve_in
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
 
-__all__ = ["Reason", "ReasonCode", "as_matrices", "causal_of", "is_plain", "validate", "why_not"]
+__all__ = [
+    "Reason",
+    "ReasonCode",
+    "as_matrices",
+    "causal_of",
+    "device_reasons",
+    "is_plain",
+    "validate",
+    "why_not",
+]
 
 # Asked once, here: dynamo would trace the question, down to the look for a file.
 MISSING_LIBRARY = _extension.unavailable_reason()
@@ -68,7 +79,7 @@ def why_not(
     problems = _causal_problems(query, key, attn_mask, is_causal, causal)
     reasons = [Reason(ReasonCode.INVALID_INPUT, problem) for problem in problems]
     attn_mask, causal = causal_of(attn_mask, is_causal, causal)
-    reasons += _device_reasons(query, config)
+    reasons += device_reasons(query, config, rows_of(query.device))
     reasons += _gradient_reasons(query=query, key=key, value=value, attn_mask=attn_mask)
     if dropout_p != 0.0:
         reasons.append(Reason(ReasonCode.DROPOUT, f"dropout_p must be 0.0, got {dropout_p}"))
@@ -79,7 +90,11 @@ def why_not(
         reasons.append(Reason(ReasonCode.INVALID_INPUT, problem))
     q, k, v = as_matrices(query, key, value)
     reasons += _limit_reasons(q, k, v, attn_mask)
-    if not reasons and config.dispatch == "measured" and _exact_is_faster(q, k, v):
+    if (
+        not reasons
+        and config.dispatch == "measured"
+        and _exact_is_faster(q, k, v, causal != "none", config)
+    ):
         message = (
             f"query {list(query.shape)} and key {list(key.shape)} must have sizes at which "
             f"{query.device.type} was measured to be faster than exact SDPA; dispatch='always' "
@@ -267,8 +282,8 @@ def _rank_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[Reason]:
     return [Reason(ReasonCode.RANK, message)]
 
 
-def _device_reasons(query: Tensor, config: SageConfig) -> list[Reason]:
-    """Return why the device of ``query`` has no kernel for the recipe of ``config``."""
+def device_reasons(query: Tensor, config: SageConfig, rows: Sequence[str]) -> list[Reason]:
+    """Return why the device of ``query`` runs ``config`` in none of the table's ``rows``."""
     reasons = []
     device = query.device.type
     if device not in SUPPORT:
@@ -277,11 +292,12 @@ def _device_reasons(query: Tensor, config: SageConfig) -> list[Reason]:
     if device == "cpu" and MISSING_LIBRARY is not None:
         message = f"the native library must be loaded, got: {MISSING_LIBRARY}"
         reasons.append(Reason(ReasonCode.EXTENSION_NOT_BUILT, message))
-    lack = gpu.lack(query.device.index) if device == "cuda" else None
+    row = choose_row(config, rows, query.dtype)
+    lack = gpu.lack(query.device.index, row) if device == "cuda" else None
     if lack is not None:
         reasons.append(Reason(ReasonCode.DEVICE_UNSUPPORTED, lack))
-    recipe = resolve(config, device, query.dtype)
-    for problem in checks.recipe_problems(device, **recipe.op_kwargs()):
+    wanted = {row: resolve_in(row, config, query.dtype).op_kwargs() for row in rows}
+    for problem in checks.recipe_problems(wanted):
         reasons.append(Reason(ReasonCode.RECIPE_UNSUPPORTED, problem))
     return reasons
 
@@ -319,12 +335,15 @@ def _limit_reasons(
     return reasons
 
 
-def _exact_is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _exact_is_faster(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, config: SageConfig
+) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
     batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
-    device = query.device.type
+    row = choose_row(config, rows_of(query.device), query.dtype)
     return prefers_exact(
-        _CPU_KERNEL if device == "cpu" else device,
+        _CPU_KERNEL if row == "cpu" else row,
+        is_causal=is_causal,
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,

@@ -1,60 +1,61 @@
-"""Which GPUs the Triton kernels run on, and the ops' registration there."""
+"""Which GPUs the kernels run on, and the registration of those that Triton compiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from torch_sage.ops.schemas import DEFINITIONS, LIBRARY
+from torch_sage import _extension
+from torch_sage.devices import asked_while_tracing, capability, dotted
+from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, WHOLE
 
 # Ampere: Triton compiles INT8 products to tensor cores from there on; for Turing (7.5) it has had
 # none since 3.8.
 LEAST_CAPABILITY = (8, 0)
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def _asked_while_tracing(function: _Function) -> _Function:
-    """Make dynamo call ``function``, and not trace it.
-
-    As ``torch.compiler.assume_constant_result``, which would import dynamo here.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_asked_while_tracing
-def lack(index: int | None) -> str | None:
-    """Return what GPU ``index`` lacks to run the kernels, None if nothing.
+@asked_while_tracing
+def lack(index: int | None, row: str) -> str | None:
+    """Return what GPU ``index`` lacks to run recipes of a row of the table, None if nothing.
 
     Asked when attention on that GPU is judged, never at import: it initialises CUDA.
     """
-    return _lack(index)
+    return _lack(index, row)
 
 
 @cache
-def _lack(index: int | None) -> str | None:
-    if find_spec("triton") is None:
+def _lack(index: int | None, row: str) -> str | None:
+    if row == "cuda" and find_spec("triton") is None:
         return "triton must be installed for attention on cuda"
     if torch.version.hip is not None:
         return "query must be on an NVIDIA GPU: the kernels never ran on another"
-    if not torch.cuda.is_available():
+    got = capability(index)
+    if got is None:
         return "query must be on a GPU that torch can use, got none"
-    capability = torch.cuda.get_device_capability(index)
-    if capability < LEAST_CAPABILITY:
-        least, got = (f"{major}.{minor}" for major, minor in (LEAST_CAPABILITY, capability))
-        return f"query must be on a GPU of compute capability {least} or more, got {got}"
+    if got < LEAST_CAPABILITY:
+        least = dotted(LEAST_CAPABILITY)
+        return f"query must be on a GPU of compute capability {least} or more, got {dotted(got)}"
     return None
 
 
 def register_kernels() -> None:
-    """Run the ops on CUDA tensors by the Triton kernels, imported at the first call."""
+    """Run the ops on CUDA tensors by the Triton kernels, imported at the first call.
+
+    A library with CUDA code has the whole op itself. Recipes that its kernels do not run it hands
+    on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls.
+    """
     for name in DEFINITIONS:
-        LIBRARY.impl(name, _kernel(name), "CUDA")  # type: ignore[no-untyped-call]  # torch's
+        if name in PREPARED:
+            continue
+        if name in WHOLE and _extension.cuda_archs():
+            target = f"triton_{name}"
+            LIBRARY.define(f"{target}{DEFINITIONS[name]}")  # type: ignore[no-untyped-call]  # torch's
+        else:
+            target = name
+        LIBRARY.impl(target, _kernel(name), "CUDA")  # type: ignore[no-untyped-call]  # torch's
 
 
 def _kernel(name: str) -> Any:

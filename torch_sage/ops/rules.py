@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch_sage.devices import lack_of_sm90
 from torch_sage.ops.after_import import after_import
-from torch_sage.ops.schemas import DEFINITIONS, LIBRARY
+from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED
 
 # Arguments that torch's own function casts under autocast, SDPA's to the region's dtype, softmax's
 # to float32; scales, means and codes of quantized operands keep their dtype.
@@ -157,6 +158,25 @@ def _quantized_attention_flops(
     return _attention_flops(query, key_codes, value_codes)
 
 
+def _prepared_attention_flops(
+    query: torch.Size,
+    key_codes: torch.Size,
+    key_scales: torch.Size,
+    key_mean: torch.Size,
+    value_codes: torch.Size,
+    value_scales: torch.Size,
+    value_shift: torch.Size,
+    seqlen_k: int,
+    head_dim_v: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count as ``_attention_flops``, without what fills up the tiles."""
+    del key_codes, key_scales, key_mean, value_codes, value_scales, value_shift
+    batch, heads, seqlen_q, head_dim = query
+    return 2 * batch * heads * seqlen_q * seqlen_k * (head_dim + head_dim_v)
+
+
 def register_missing_kernels(reason: str) -> None:
     """Make every op say why it cannot run on CPU, not the dispatcher's list of backends."""
 
@@ -167,12 +187,26 @@ def register_missing_kernels(reason: str) -> None:
         LIBRARY.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]  # torch's
 
     for name in DEFINITIONS:
-        register(name)
+        if name not in PREPARED:
+            register(name)
+
+
+def _register_lack_of_kernels(name: str) -> None:
+    """Say what runs an op of prepared operands, where the library has no kernel for it."""
+    argument = _overload(name)._schema.arguments[0].name
+
+    def kernel(first: Tensor, *_: Any, **__: Any) -> Any:
+        lack = lack_of_sm90(argument, first.device)
+        raise NotImplementedError(f"torch_sage::{name} has no kernel here: {lack}")
+
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's
 
 
 _FLOPS: dict[str, Callable[..., int]] = {
     "attention": _quantized_attention_flops,
     "attention_with_lse": _quantized_attention_flops,
+    "attention_prepared": _prepared_attention_flops,
+    "attention_prepared_with_lse": _prepared_attention_flops,
     "sdpa": _attention_flops,
     "sdpa_with_lse": _attention_flops,
 }
@@ -190,5 +224,7 @@ for _name in DEFINITIONS:
     register_autocast(_name, "cpu")
     register_autocast(_name, "cuda")
     _register_vmap(_name)
+for _name in PREPARED:
+    _register_lack_of_kernels(_name)
 # It imports triton, which takes half a second and makes folders.
 after_import("torch.utils.flop_counter", _register_flops)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_sage.devices import lack_of_sm90
 from torch_sage.ops import checks
 from torch_sage.ops.checks import Size
+from torch_sage.recipes import SUPPORT, Recipe, rows_of_type
 
 LIBRARY = torch.library.Library("torch_sage", "DEF")  # type: ignore[no-untyped-call]  # torch's
 OP_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -49,15 +51,37 @@ DEFINITIONS: dict[str, str] = {
     ),
     "sdpa": (
         f"(Tensor query, Tensor key, Tensor value, {_SEMANTICS}, *, str qk='int8',"
-        " str granularity='token', str pv='bf16', str smooth='qk', str output_order='bhsd')"
-        " -> Tensor"
+        " str granularity='token', str pv='bf16', str smooth='qk', str exponential='exact',"
+        " str output_order='bhsd') -> Tensor"
     ),
     "sdpa_with_lse": (
         f"(Tensor query, Tensor key, Tensor value, {_SEMANTICS}, *, str qk='int8',"
-        " str granularity='token', str pv='bf16', str smooth='qk', str output_order='bhsd')"
-        " -> (Tensor output, Tensor lse)"
+        " str granularity='token', str pv='bf16', str smooth='qk', str exponential='exact',"
+        " str output_order='bhsd') -> (Tensor output, Tensor lse)"
+    ),
+    "prepare_kv": (
+        "(Tensor key, Tensor value, *, str smooth='kv') -> (Tensor key_codes, Tensor key_scales,"
+        " Tensor key_mean, Tensor value_codes, Tensor value_scales, Tensor value_shift)"
+    ),
+    "attention_prepared": (
+        "(Tensor query, Tensor key_codes, Tensor key_scales, Tensor key_mean,"
+        " Tensor value_codes, Tensor value_scales, Tensor value_shift, int seqlen_k,"
+        f" int head_dim_v, {_SEMANTICS}, *, str exponential='mixed',"
+        " str output_order='bhsd') -> Tensor"
+    ),
+    "attention_prepared_with_lse": (
+        "(Tensor query, Tensor key_codes, Tensor key_scales, Tensor key_mean,"
+        " Tensor value_codes, Tensor value_scales, Tensor value_shift, int seqlen_k,"
+        f" int head_dim_v, {_SEMANTICS}, *, str exponential='mixed',"
+        " str output_order='bhsd') -> (Tensor output, Tensor lse)"
     ),
 }
+
+WHOLE = ("sdpa", "sdpa_with_lse")
+"""The ops that run every recipe of a device."""
+
+PREPARED = ("prepare_kv", "attention_prepared", "attention_prepared_with_lse")
+"""The ops of one row of the recipe table alone (``recipes.PREPARED``)."""
 
 for _name, _schema in DEFINITIONS.items():
     LIBRARY.define(f"{_name}{_schema}", tags=OP_TAGS)  # type: ignore[no-untyped-call]  # torch's
@@ -80,7 +104,7 @@ def quantize_query(
 ) -> tuple[Tensor, Tensor]:
     """Shapes of codes [B, Hq, N, D] int8 and scales [B, Hq, groups] fp32."""
     _require(checks.quantizer_problems("query", query, None))
-    _require(checks.recipe_problems(query.device.type, qk=qk, granularity=granularity))
+    _require_parts(query, qk=qk, granularity=granularity)
     _require(checks.group_problems(block, warp))
     groups = query_groups(query.shape[2], granularity, block, warp)
     return _codes(query), query.new_empty((*query.shape[:2], groups), dtype=torch.float32)
@@ -98,7 +122,7 @@ def quantize_key(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of codes [B, Hkv, M, D] int8, scales [B, Hkv, groups] fp32, mean [B, Hkv, D] fp32."""
     _require(checks.quantizer_problems("key", key, mean, smooth=smooth))
-    _require(checks.recipe_problems(key.device.type, qk=qk, granularity=granularity))
+    _require_parts(key, qk=qk, granularity=granularity)
     _require(checks.group_problems(block))
     groups = key_groups(key.shape[2], granularity, block)
     scales = key.new_empty((*key.shape[:2], groups), dtype=torch.float32)
@@ -111,7 +135,7 @@ def quantize_value(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of codes [B, Hkv, M, Dv] bf16, scales and mean [B, Hkv, Dv] fp32."""
     _require(checks.quantizer_problems("value", value, mean, smooth=smooth))
-    _require(checks.recipe_problems(value.device.type, pv=pv))
+    _require_parts(value, pv=pv)
     codes = value.new_empty(value.shape, dtype=checks.HALVES[pv])
     return codes, _per_channel(value), _per_channel(value)
 
@@ -138,7 +162,7 @@ def attention(
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
     keys = (key_codes, key_scales, key_mean)
     values = (value_codes, value_scales, value_mean)
-    _require(checks.recipe_problems(query.device.type, qk=qk, granularity=granularity, pv=pv))
+    _require_parts(query, qk=qk, granularity=granularity, pv=pv)
     _require(checks.group_problems(block))
     _require(checks.quantized_problems(query, keys, values, attn_mask, causal, scale, pv))
     groups = key_groups(key_codes.shape[2], granularity, block)
@@ -165,11 +189,13 @@ def sdpa(
     granularity: str = "token",
     pv: str = "bf16",
     smooth: str = "qk",
+    exponential: str = "exact",
     output_order: str = "bhsd",
 ) -> Tensor:
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
-    recipe = {"qk": qk, "granularity": granularity, "pv": pv, "smooth": smooth}
-    _require(checks.recipe_problems(query.device.type, **recipe))
+    recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
+    rows = rows_of_type(query.device.type)
+    _require(checks.recipe_problems(dict.fromkeys(rows, recipe)))
     _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
     return empty_output(query, value.shape[3], output_order)
 
@@ -178,6 +204,64 @@ def sdpa(
 def sdpa_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
     return sdpa(query, *args, **kwargs), empty_lse(query)
+
+
+@_fake("prepare_kv")
+def prepare_kv(key: Tensor, value: Tensor, *, smooth: str = "kv") -> tuple[Tensor, ...]:
+    """Shapes of codes, scales and mean of K, of codes, scales and shift of V.
+
+    With T = ceil(M / 128) and P = 64, 128 or 256, the least that holds both head dimensions:
+    key_codes [B, Hkv, 2 T, 64 P] int8, an image of 64 tokens each; key_scales [B, Hkv, T, 4] fp32;
+    key_mean [B, Hkv, D] fp32; value_codes like key_codes, but uint8; value_scales and value_shift
+    [B, Hkv, ceil(M / 1024), P] fp32.
+    """
+    _require_prepared_device("key", key)
+    _require(checks.preparation_problems(key, value, smooth))
+    b, h, m, d = key.shape
+    operands = checks.prepared_operands(b, h, m, d, value.shape[3])
+    return tuple(key.new_empty(shape, dtype=dtype) for dtype, shape in operands.values())
+
+
+@_fake("attention_prepared")
+def attention_prepared(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    key_mean: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    value_shift: Tensor,
+    seqlen_k: int,
+    head_dim_v: int,
+    attn_mask: Tensor | None = None,
+    causal: str = "none",
+    scale: float | None = None,
+    *,
+    exponential: str = "mixed",
+    output_order: str = "bhsd",
+) -> Tensor:
+    """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
+    prepared = {
+        "key_codes": key_codes,
+        "key_scales": key_scales,
+        "key_mean": key_mean,
+        "value_codes": value_codes,
+        "value_scales": value_scales,
+        "value_shift": value_shift,
+    }
+    _require_prepared_device("query", query)
+    _require(
+        checks.prepared_problems(
+            query, prepared, seqlen_k, head_dim_v, attn_mask, causal, scale, exponential
+        )
+    )
+    return empty_output(query, head_dim_v, output_order)
+
+
+@_fake("attention_prepared_with_lse")
+def attention_prepared_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
+    return attention_prepared(query, *args, **kwargs), empty_lse(query)
 
 
 def empty_output(query: Tensor, head_dim_v: Size, output_order: str) -> Tensor:
@@ -230,6 +314,18 @@ def _codes(x: Tensor) -> Tensor:
 def _per_channel(x: Tensor) -> Tensor:
     b, h, _, d = x.shape
     return x.new_empty((b, h, d), dtype=torch.float32)
+
+
+def _require_parts(x: Tensor, **fields: str) -> None:
+    """Refuse recipe arguments that no op but the whole one runs on the kind of device of ``x``."""
+    rows = rows_of_type(x.device.type, parts=True)
+    _require(checks.recipe_problems(dict.fromkeys(rows, fields)))
+
+
+def _require_prepared_device(name: str, x: Tensor) -> None:
+    """Refuse devices that have kernels, and none for prepared operands."""
+    if x.device.type != "cuda" and x.device.type in SUPPORT:
+        raise NotImplementedError(lack_of_sm90(name, x.device))
 
 
 def _require(problems: Iterable[str]) -> None:

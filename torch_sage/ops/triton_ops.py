@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_sage.ops import checks, schemas, triton_attention, triton_quantize
 from torch_sage.ops.triton_attention import LOG2_E, Keys, Query, Values
+from torch_sage.recipes import Recipe, rows_of_type
 
 # Tiles that the whole op quantizes by, where rows share scales: those of algorithm.md 2.2.
 _BLOCK_Q, _WARP, _BLOCK_K = 128, 32, 64
@@ -62,13 +63,23 @@ def attention_with_lse(**arguments: Any) -> tuple[Tensor, Tensor]:
 
 def sdpa(**arguments: Any) -> Tensor:
     """Quantize and attend."""
+    _refuse_foreign_recipe(arguments)
     return _attend_whole(schemas.sdpa(**arguments), None, **arguments)
 
 
 def sdpa_with_lse(**arguments: Any) -> tuple[Tensor, Tensor]:
     """Quantize and attend, and return the LSE too."""
+    _refuse_foreign_recipe(arguments)
     output, lse = schemas.sdpa_with_lse(**arguments)
     return _attend_whole(output, lse, **arguments), lse
+
+
+def _refuse_foreign_recipe(arguments: dict[str, Any]) -> None:
+    """Refuse recipes that the fake of the whole op takes, because some other kernel has them."""
+    rows = rows_of_type(arguments["query"].device.type, parts=True)
+    recipe = Recipe.of_op(arguments).op_kwargs()
+    if problems := checks.recipe_problems(dict.fromkeys(rows, recipe)):
+        raise ValueError("; ".join(problems))
 
 
 def _attend_whole(

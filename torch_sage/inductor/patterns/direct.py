@@ -22,8 +22,7 @@ _EXCLUDED = {getattr(ops, name): original for name, original in ORIGINALS.items(
 def find(graph: Graph) -> Iterator[tuple[Node, Recipe | Reason]]:
     """Yield the calls of whole-attention ops with their recipe, and what is marked as excluded."""
     for node in call_functions(graph, *_CALLED):
-        bound = bound_arguments(node)
-        yield node, Recipe(*(bound[name] for name in ("qk", "granularity", "pv", "smooth")))
+        yield node, Recipe.of_op(bound_arguments(node))
     for node in call_functions(graph, *_EXCLUDED):
         yield node, EXCLUDED
 
