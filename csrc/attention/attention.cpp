@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "attention/cpu/launch.h"
+#include "attention/request.h"
 #include "common/check.h"
 #include "common/operand.h"
 #include "common/types.h"
@@ -18,30 +19,9 @@ constexpr double kLog2E = 1.4426950408889634;
 
 using torch::headeronly::ScalarType;
 
-ScalarType scalar_type(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return ScalarType::Float;
-    case Dtype::kBFloat16:
-      return ScalarType::BFloat16;
-    case Dtype::kFloat16:
-      return ScalarType::Half;
-  }
-  __builtin_unreachable();
-}
-
 const float* fp32(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
-
-// What the caller wants beyond the product of query, keys and values.
-struct Request {
-  const std::optional<Tensor>& attn_mask;
-  Causal causal;
-  std::optional<double> scale;
-  OutputOrder output_order;
-  bool wants_lse;
-};
 
 struct Query {
   const int8_t* codes;      // [b, h, n, row_bytes]
@@ -63,11 +43,6 @@ struct Values {
   int64_t columns;
 };
 
-struct Result {
-  Tensor output;
-  std::optional<Tensor> lse;
-};
-
 // Rows of `bytes`, zero behind the columns.
 void copy_padded(const Operand& codes, int64_t bytes, int8_t* out) {
   for (int64_t b = 0; b < codes.batch; ++b) {
@@ -78,34 +53,6 @@ void copy_padded(const Operand& codes, int64_t bytes, int8_t* out) {
       }
     }
   }
-}
-
-void check_heads(int64_t heads_q, int64_t heads_kv, const char* key) {
-  if (heads_q == 0) return;
-  check(heads_kv > 0, key, " must have at least one head for ", heads_q, " query heads, got 0");
-  check(heads_q % heads_kv == 0, key, " must have a number of heads that divides query's ", heads_q,
-        ", got ", heads_kv);
-}
-
-void check_same(const char* name, const char* what, const char* other, int64_t expected,
-                int64_t got) {
-  check(got == expected, name, " must have the ", what, " of ", other, ", ", expected, ", got ",
-        got);
-}
-
-Request read_request(const std::optional<Tensor>& attn_mask, const Text& causal,
-                     std::optional<double> scale, const Text& output_order, bool wants_lse) {
-  const Request request{attn_mask, parse("causal", causal, kCausal), scale,
-                        parse("output_order", output_order, kOutputOrders), wants_lse};
-  check(!attn_mask.has_value() || request.causal == Causal::kNone,
-        "attn_mask must be None when causal is '", std::string_view(causal), "', got a tensor");
-  check(!scale.has_value() || std::isfinite(static_cast<float>(*scale)),
-        "scale must be finite in float32, got ", scale.value_or(0.0));
-  return request;
-}
-
-double softmax_scale(const FloatOperand& q, const Request& request) {
-  return request.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.columns)));
 }
 
 Groups query_groups(const FloatOperand& q, Granularity granularity) {
@@ -145,11 +92,7 @@ Result attend(const FloatOperand& q, const Query& query, const Keys& keys, const
     params.mask_stride_m = mask->strides[3];
   }
 
-  const bool bshd = request.output_order == OutputOrder::kBshd;
-  Tensor output =
-      bshd ? new_tensor({q.batch, q.rows, q.heads, values.columns}, scalar_type(q.dtype))
-           : new_tensor({q.batch, q.heads, q.rows, values.columns}, scalar_type(q.dtype));
-  if (bshd) output = torch::stable::transpose(output, 1, 2);
+  const Tensor output = new_output(q, values.columns, request.output_order);
   params.output_dtype = q.dtype;
   params.output = output.mutable_data_ptr();
   params.output_stride_b = output.stride(0);
@@ -175,17 +118,7 @@ Result attend(const FloatOperand& q, const Query& query, const Keys& keys, const
 
 Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
                     const Request& request, Granularity granularity, Smooth smooth) {
-  const FloatOperand q = read_float("query", query);
-  const FloatOperand k = read_float("key", key);
-  const FloatOperand v = read_float("value", value);
-  check(k.dtype == q.dtype, "key must have the dtype of query, got another");
-  check(v.dtype == q.dtype, "value must have the dtype of query, got another");
-  check_same("key", "batch size", "query", q.batch, k.batch);
-  check_same("value", "batch size", "query", q.batch, v.batch);
-  check_same("value", "number of heads", "key", k.heads, v.heads);
-  check_same("value", "number of tokens", "key", k.rows, v.rows);
-  check_same("key", "head_dim", "query", q.columns, k.columns);
-  check_heads(q.heads, k.heads, "key");
+  const auto [q, k, v] = read_operands(query, key, value, kCpu);
 
   // Three parallel regions in all, as each costs most on a busy machine: means, codes, attention.
   const Scratch<float> query_mean({q.batch, q.heads, q.columns});

@@ -56,6 +56,16 @@ std::ostream& operator<<(std::ostream& out, DtypeName dtype) {
   return out << "torch's dtype number " << dtype.dtype;
 }
 
+struct DeviceName {
+  Device device;
+};
+
+std::ostream& operator<<(std::ostream& out, const DeviceName& name) {
+  if (name.device.is_cpu()) return out << "cpu";
+  if (name.device.is_cuda()) return out << "cuda:" << name.device.index();
+  return out << "another device";
+}
+
 std::optional<Dtype> float_dtype(int32_t dtype) {
   if (dtype == aoti_torch_dtype_float32()) return Dtype::kFloat32;
   if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
@@ -102,19 +112,20 @@ std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << (shape.sizes.empty() ? "[]" : "]");
 }
 
-Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return or_bad_alloc([&] {
-    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-    return torch::stable::empty(sizes, dtype, std::nullopt, cpu);
-  });
+Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Device& device) {
+  const auto allocate = [&] { return torch::stable::empty(sizes, dtype, std::nullopt, device); };
+  // A GPU's allocator says how much memory is missing.
+  return device.is_cpu() ? or_bad_alloc(allocate) : allocate();
 }
 
 Tensor make_contiguous(const Tensor& tensor) {
-  return or_bad_alloc([&] { return torch::stable::contiguous(tensor); });
+  const auto copy = [&] { return torch::stable::contiguous(tensor); };
+  return tensor.is_cpu() ? or_bad_alloc(copy) : copy();
 }
 
-void check_memory(const char* name, const Tensor& tensor) {
-  check(tensor.is_cpu(), name, " must be on cpu like query, got another device");
+void check_memory(const char* name, const Tensor& tensor, const Device& device) {
+  check(tensor.device() == device || (device.is_cpu() && tensor.is_cpu()), name, " must be on ",
+        DeviceName{device}, " like query, got ", DeviceName{tensor.device()});
   // A storage can be resized under its tensors (Storage.resize_, FSDP frees parameters so).
   int64_t storage_bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
@@ -136,12 +147,12 @@ bool Operand::is_dense() const {
          (batch <= 1 || stride_b == heads * rows * columns);
 }
 
-FloatOperand read_float(const char* name, const Tensor& tensor) {
+FloatOperand read_float(const char* name, const Tensor& tensor, const Device& device) {
   check_rank(name, tensor);
   const std::optional<Dtype> dtype = float_dtype(dtype_of(tensor));
   check(dtype.has_value(), name, " must have dtype float32 or bfloat16 or float16, got ",
         DtypeName{dtype_of(tensor)});
-  check_memory(name, tensor);
+  check_memory(name, tensor, device);
   return {read_rows(name, tensor), *dtype};
 }
 
@@ -155,19 +166,24 @@ Operand read_codes(const char* name, const Tensor& tensor, ScalarType dtype) {
   return read_rows(name, tensor);
 }
 
-Tensor read_fp32(const char* name, const Tensor& tensor, const std::array<int64_t, 3>& sizes) {
+Tensor read_exact(const char* name, const Tensor& tensor, int32_t dtype,
+                  const std::vector<int64_t>& sizes, const Device& device) {
   check_defined(name, tensor);
   const auto got = tensor.sizes();
   check(std::equal(sizes.begin(), sizes.end(), got.begin(), got.end()), name, " must have shape ",
         Shape{sizes}, ", got ", Shape{got});
-  check(dtype_of(tensor) == aoti_torch_dtype_float32(), name, " must have dtype float32, got ",
+  check(dtype_of(tensor) == dtype, name, " must have dtype ", DtypeName{dtype}, ", got ",
         DtypeName{dtype_of(tensor)});
-  check_memory(name, tensor);
+  check_memory(name, tensor, device);
   return make_contiguous(tensor);
 }
 
+Tensor read_fp32(const char* name, const Tensor& tensor, const std::array<int64_t, 3>& sizes) {
+  return read_exact(name, tensor, aoti_torch_dtype_float32(), {sizes.begin(), sizes.end()}, kCpu);
+}
+
 Mask read_mask(const Tensor& tensor, int64_t batch, int64_t heads, int64_t seqlen_q,
-               int64_t seqlen_k) {
+               int64_t seqlen_k, const Device& device) {
   const int32_t dtype = dtype_of(tensor);
   Mask mask{tensor, MaskKind::kBool, {0, 0, 0, 0}};
   if (dtype != aoti_torch_dtype_bool()) {
@@ -179,7 +195,7 @@ Mask read_mask(const Tensor& tensor, int64_t batch, int64_t heads, int64_t seqle
                 : *number == Dtype::kBFloat16 ? MaskKind::kBFloat16
                                               : MaskKind::kFloat16;
   }
-  check_memory("attn_mask", tensor);
+  check_memory("attn_mask", tensor, device);
   const std::array<int64_t, 4> scores = {batch, heads, seqlen_q, seqlen_k};
   const int64_t missing = 4 - tensor.dim();
   bool broadcasts = missing >= 0;

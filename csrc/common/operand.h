@@ -1,6 +1,7 @@
 // Tensor arguments of the ops, checked before anything reads their memory.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <ostream>
+#include <vector>
 
 #include "common/params.h"
 #include "quantize/cpu/launch.h"
@@ -22,14 +24,18 @@ struct Shape {
 };
 std::ostream& operator<<(std::ostream& out, const Shape& shape);
 
-// An uninitialised tensor on the CPU, and a contiguous one with the elements of another. Both throw
-// bad_alloc where torch cannot allocate: its C interface of 2.11 says only that a call failed.
+using torch::stable::Device;
+inline const Device kCpu{torch::headeronly::DeviceType::CPU};
+
+// An uninitialised tensor, and a contiguous one with the elements of another. Both throw bad_alloc
+// where torch cannot allocate on the CPU: its C interface of 2.11 says only that a call failed.
 torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes,
-                                 torch::headeronly::ScalarType dtype);
+                                 torch::headeronly::ScalarType dtype, const Device& device = kCpu);
 torch::stable::Tensor make_contiguous(const torch::stable::Tensor& tensor);
 
-// What every tensor argument must be: on the CPU, with all its elements inside its storage.
-void check_memory(const char* name, const torch::stable::Tensor& tensor);
+// What every tensor argument must be: on the device, with all its elements inside its storage.
+void check_memory(const char* name, const torch::stable::Tensor& tensor,
+                  const Device& device = kCpu);
 
 // A [batch, heads, rows, columns] argument whose columns are adjacent in memory.
 struct Operand {
@@ -54,11 +60,15 @@ struct FloatOperand : Operand {
 };
 
 // A fp32, bf16 or fp16 argument with 1..kMaxHeadDim columns.
-FloatOperand read_float(const char* name, const torch::stable::Tensor& tensor);
+FloatOperand read_float(const char* name, const torch::stable::Tensor& tensor,
+                        const Device& device = kCpu);
 // The same of one exact dtype of torch (such as torch::headeronly::ScalarType::Char).
 Operand read_codes(const char* name, const torch::stable::Tensor& tensor,
                    torch::headeronly::ScalarType dtype);
-// A contiguous copy, if need be, of a fp32 argument of exactly these sizes.
+// A contiguous copy, if need be, of an argument of exactly this dtype and these sizes.
+torch::stable::Tensor read_exact(const char* name, const torch::stable::Tensor& tensor,
+                                 int32_t dtype, const std::vector<int64_t>& sizes,
+                                 const Device& device);
 torch::stable::Tensor read_fp32(const char* name, const torch::stable::Tensor& tensor,
                                 const std::array<int64_t, 3>& sizes);
 
@@ -68,7 +78,7 @@ struct Mask {
   int64_t strides[4];  // [b, h, n, m], 0 where it is broadcast
 };
 Mask read_mask(const torch::stable::Tensor& tensor, int64_t batch, int64_t heads, int64_t seqlen_q,
-               int64_t seqlen_k);
+               int64_t seqlen_k, const Device& device = kCpu);
 
 // Product of sizes and element_bytes; bad_alloc where it does not fit 63 bits, let alone memory.
 size_t byte_count(std::initializer_list<int64_t> sizes, int64_t element_bytes);

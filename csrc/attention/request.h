@@ -1,0 +1,45 @@
+// Arguments that attention has on every device, read and checked.
+#pragma once
+
+#include <optional>
+
+#include "common/operand.h"
+#include "common/text.h"
+#include "common/types.h"
+
+namespace torch_sage {
+
+// What the caller wants beyond the product of query, keys and values.
+struct Request {
+  const std::optional<torch::stable::Tensor>& attn_mask;
+  Causal causal;
+  std::optional<double> scale;
+  OutputOrder output_order;
+  bool wants_lse;
+};
+
+struct Result {
+  torch::stable::Tensor output;
+  std::optional<torch::stable::Tensor> lse;
+};
+
+struct Operands {
+  FloatOperand query, key, value;
+};
+
+Request read_request(const std::optional<torch::stable::Tensor>& attn_mask, const Text& causal,
+                     std::optional<double> scale, const Text& output_order, bool wants_lse);
+
+Operands read_operands(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
+                       const torch::stable::Tensor& value, const Device& device);
+
+void check_heads(int64_t heads_q, int64_t heads_kv, const char* key);
+void check_same(const char* name, const char* what, const char* other, int64_t expected,
+                int64_t got);
+
+double softmax_scale(const FloatOperand& query, const Request& request);
+
+// The uninitialised output [b, h_q, n, head_dim_v] in the dtype of `query` and the order asked for.
+torch::stable::Tensor new_output(const FloatOperand& query, int64_t head_dim_v, OutputOrder order);
+
+}  // namespace torch_sage
