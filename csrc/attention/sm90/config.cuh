@@ -1,0 +1,69 @@
+// Sizes of one instantiation of the attention kernel, and its plan of shared memory.
+#pragma once
+
+#include "attention/sm90/params.h"
+
+namespace torch_sage::sm90 {
+
+constexpr int kWarpgroup = 128;
+constexpr int kKeys = 128;     // keys of a step
+constexpr int kStages = 2;     // steps of K and V in flight
+constexpr int kConsumers = 3;  // warpgroups of 64 query rows
+constexpr int kRows = 64 * kConsumers;
+constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fetches K and V
+constexpr int kQueryThreads = 32 * kQueryWarps;
+// 128 * 56 + 384 * 152 = all 65536 registers of a multiprocessor.
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
+
+// P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
+// So a value group sums to at most 1024 * 2^7.75 * .25 = 55104, within fp16.
+constexpr float kOffset = 6.f, kLag = 1.75f;
+constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
+constexpr uint32_t kOneCodes = 0x28282828u;
+constexpr int kStepsPerGroup = kValueGroup / kKeys;
+
+// kWidth: head_dim, zero-padded. kGeneral: masks, LSE and exact exponentials, which the fast kernel
+// does not have.
+template <int kWidth_, bool kGeneral_>
+struct Config {
+  static constexpr int kWidth = kWidth_;
+  static constexpr bool kGeneral = kGeneral_;
+  // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
+  // linear mantissa.
+  static constexpr int kExactColumns = kGeneral ? 4 : 2;
+
+  static constexpr int kOutputColumns = kWidth + 8;  // 8 rows of ones behind V
+  static constexpr int kKeyBytes = kKeys * kWidth;
+  static constexpr int kPanelBytes = kOutputColumns * kKeyTile;
+  static constexpr int kValueBytes = kKeys / kKeyTile * kPanelBytes;
+  static constexpr int kBufferFloats = kOutputColumns / 2;  // of O, per thread
+  static constexpr int kScaleSlots = 4;  // groups of V whose scales may be in use at once
+
+  static constexpr int kQueryAt = 0;
+  static constexpr int kKeyAt = kQueryAt + 2 * kRows * kWidth;
+  static constexpr int kValueAt = kKeyAt + kStages * kKeyBytes;
+  static constexpr int kKeyScaleAt = kValueAt + kStages * kValueBytes;
+  static constexpr int kQueryScaleAt = kKeyScaleAt + kStages * 16;
+  static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
+  static constexpr int kValueScaleAt = kQueryShiftAt + (kGeneral ? 2 * kRows * 4 : 0);
+  static constexpr int kBarrierAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;
+  static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 8 + 127) / 128 * 128;
+  static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
+  static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes + 1024;  // to align
+};
+
+// Barriers of a block, by shared address.
+template <class C>
+struct Barriers {
+  uint32_t base;
+  __device__ uint32_t key_full(int stage) const { return base + 8 * stage; }
+  __device__ uint32_t key_empty(int stage) const { return base + 8 * (kStages + stage); }
+  __device__ uint32_t value_full(int stage) const { return base + 8 * (2 * kStages + stage); }
+  __device__ uint32_t value_empty(int stage) const { return base + 8 * (3 * kStages + stage); }
+  __device__ uint32_t query_full(int slot) const { return base + 8 * (4 * kStages + slot); }
+  __device__ uint32_t query_empty(int slot) const { return base + 8 * (4 * kStages + 2 + slot); }
+  __device__ uint32_t work_ready(int slot) const { return base + 8 * (4 * kStages + 4 + slot); }
+};
+
+}  // namespace torch_sage::sm90

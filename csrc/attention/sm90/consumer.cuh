@@ -1,0 +1,527 @@
+// One warpgroup's share of the work: 64 query rows against all their keys, kKeys at a step.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "attention/sm90/config.cuh"
+#include "attention/sm90/mask.cuh"
+#include "attention/sm90/ptx.cuh"
+#include "attention/sm90/store.cuh"
+#include "attention/sm90/wgmma.cuh"
+#include "attention/sm90/work.cuh"
+
+namespace torch_sage::sm90 {
+
+// Scores of a step that are hidden count as this in the integer maximum.
+constexpr int kHiddenScore = -(1 << 30);
+
+// Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
+__device__ __forceinline__ float decay(float from, float to) {
+  return from == to ? 1.f : exp2_approx(from - to);
+}
+
+template <class C>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const AttentionParams& params, const Schedule& schedule,
+                                      uint8_t* shared, Barriers<C> barriers,
+                                      const volatile int* work_index)
+      : p_(params),
+        schedule_(schedule),
+        shared_(shared),
+        base_(shared_address(shared)),
+        barriers_(barriers),
+        work_index_(work_index),
+        warpgroup_(threadIdx.x / kWarpgroup),
+        lane_(threadIdx.x % 32),
+        row_in_block_(threadIdx.x / 32 * 16 + lane_ / 4),
+        quad_(lane_ % 4),
+        buffer_(reinterpret_cast<float*>(shared + C::kBufferAt + warpgroup_ * C::kBufferBytes) +
+                threadIdx.x % kWarpgroup * 4) {}
+
+  __device__ __forceinline__ void run() {
+    bool is_live = begin();
+    skip_keys(is_live);
+    multiply_keys(skip_, is_live);
+    skip_values(is_live);
+#pragma unroll 1
+    while (is_live) {
+      buffer_is_used_ = false;
+      accumulates_ = 0;
+      buffer_max_[0] = buffer_max_[1] = -INFINITY;
+      max_[0] = max_[1] = -INFINITY;
+      poison_[0] = poison_[1] = 0.f;
+      float factor[2];
+      wgmma_wait<0>();
+      exponentiate(skip_, factor);
+      if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + skip_) % kStages));
+      pack();
+#pragma unroll 1
+      for (int n = skip_ + 1; n < steps_; n++) {
+        multiply_keys(n, true);
+        multiply_values(n - 1);
+        wgmma_wait<1>();
+        const float old_max[2] = {max_[0], max_[1]};
+        const bool moved = exponentiate(n, factor);
+        if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
+        wgmma_wait<0>();
+        if (lane_ == 0) barrier_arrive(barriers_.value_empty((count_ + n - 1) % kStages));
+        hold_output();
+        if ((steps_ - n) % kStepsPerGroup == 0) {
+          promote((steps_ - n) / kStepsPerGroup, old_max);
+        } else if (moved) {
+          rescale(factor);
+        }
+        pack();
+      }
+      if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
+      multiply_values(steps_ - 1);
+      finish_work(is_live);
+    }
+  }
+
+ private:
+  // Takes the next piece of work; false if there is none.
+  __device__ __forceinline__ bool begin() {
+    slot_ = work_count_ & 1;
+    barrier_wait(barriers_.query_full(slot_), (work_count_ >> 1) & 1);
+    // Uniform for the compiler, too: wgmma in a branch that might diverge would be serialized.
+    const int index = __shfl_sync(~0u, work_index_[slot_], 0);
+    if (!__any_sync(~0u, index < schedule_.total)) return false;
+    const Work work = find_work(p_, schedule_, index);
+    batch_ = work.batch;
+    head_ = work.head;
+    steps_ = work.steps;
+    row_ = work.row_block * kRows + row_in_block_;
+    const int place = slot_ * kRows + row_in_block_;
+    const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
+    query_scale_[0] = scales[0];
+    query_scale_[1] = scales[8];
+    if constexpr (C::kGeneral) {
+      const float* shifts = reinterpret_cast<const float*>(shared_ + C::kQueryShiftAt) + place;
+      lse_shift_[0] = shifts[0];
+      lse_shift_[1] = shifts[8];
+      sum_[0] = sum_[1] = 0.f;
+    }
+    query_ =
+        descriptor<C::kWidth>(base_ + C::kQueryAt + (slot_ * kRows + warpgroup_ * 64) * C::kWidth);
+    // Rows of this warpgroup may end a step before those of the last one.
+    const int last_row = work.row_block * kRows + warpgroup_ * 64 + 63;
+    skip_ = max(steps_ - steps_until(p_, last_row), 0);
+    skip_ = __shfl_sync(~0u, skip_, 0);
+    first_row_last_key_ = last_key(p_, last_row - 63);
+    work_count_++;
+    return true;
+  }
+
+  // Lets one step pass; skip_ is never more, since two warpgroups' rows are at most kKeys apart.
+  __device__ __forceinline__ void skip_keys(bool is_live) const {
+    if (is_live && skip_ > 0 && lane_ == 0) {
+      const int stage = count_ % kStages;
+      barrier_wait(barriers_.key_full(stage), (count_ / kStages) & 1);
+      barrier_arrive(barriers_.key_empty(stage));
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void skip_values(bool is_live) {
+    if (is_live && skip_ > 0) {
+      if (lane_ == 0) {
+        const int stage = count_ % kStages;
+        barrier_wait(barriers_.value_full(stage), (count_ / kStages) & 1);
+        barrier_arrive(barriers_.value_empty(stage));
+      }
+      // The step may have been its group's only one.
+      if ((steps_ - 1) % kStepsPerGroup == 0) group_count_++;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void multiply_keys(int n, bool waits) {
+    const int count = count_ + n, stage = count % kStages;
+    if (waits) barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
+    const uint64_t keys = descriptor<C::kWidth>(base_ + C::kKeyAt + stage * C::kKeyBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kWidth / 32; i++)
+      Scores<kKeys>::multiply(s_, query_ + 2 * i, keys + 2 * i, i > 0);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_values(int n) {
+    const int count = count_ + n, stage = count % kStages;
+    barrier_wait(barriers_.value_full(stage), (count / kStages) & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kKeys / 32; i++) {
+      const uint64_t values = descriptor<kKeyTile>(base_ + C::kValueAt + stage * C::kValueBytes +
+                                                   i / 2 * C::kPanelBytes);
+      ValueProduct::multiply(o_, p8_ + 4 * i, values + 2 * (i & 1), accumulates_ | (i > 0));
+    }
+    wgmma_commit();
+    accumulates_ = 1;
+  }
+
+  // Turns the scores of step n into P: floats, or floats that truncate to E4M3 codes where the
+  // column takes the linear mantissa. Returns whether the warp's reference maxima moved, and then
+  // the factors of what was summed before.
+  __device__ __forceinline__ bool exponentiate(int n, float (&factor)[2]) {
+    const float key_scale = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt +
+                                                           (count_ + n) % kStages * 16)[quad_];
+    const float scale[2] = {query_scale_[0] * key_scale, query_scale_[1] * key_scale};
+    const int first_key = (steps_ - 1 - n) * kKeys;
+    const bool has_hidden = first_key + kKeys - 1 > first_row_last_key_;
+    float top[2];
+    if constexpr (C::kGeneral) {
+      add_mask(first_key, scale, top);
+    } else {
+      find_top(first_key, has_hidden, scale, top);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
+      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+    }
+    const bool moved = __any_sync(~0u, top[0] > max_[0] + kLag || top[1] > max_[1] + kLag);
+    if (moved) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float larger = fmaxf(max_[h], top[h]);
+        factor[h] = decay(max_[h], larger);
+        max_[h] = larger;
+        if constexpr (C::kGeneral) sum_[h] *= factor[h];
+      }
+    }
+    if constexpr (C::kGeneral) {
+      take_exact_exponentials();
+    } else {
+      take_mixed_exponentials(first_key, has_hidden, scale);
+    }
+    // Or ptxas moves the transform behind the next matrix instruction, which it then serializes.
+#pragma unroll
+    for (int i = 0; i < kScores; i++) asm volatile("" : "+r"(s_[i]));
+    return moved;
+  }
+
+  __device__ __forceinline__ int last_column(int h, int first_key) const {
+    return last_key(p_, row_ + 8 * h) - first_key;
+  }
+
+  // The maxima of this thread's scores, from the integers: all have one K scale.
+  __device__ __forceinline__ void find_top(int first_key, bool has_hidden, const float (&scale)[2],
+                                           float (&top)[2]) {
+    if (has_hidden) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int last = last_column(h, first_key);
+        int largest = kHiddenScore;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+          for (int b = 0; b < 2; b++)
+            largest =
+                max(largest, 8 * j + 2 * quad_ + b <= last ? s_[4 * j + 2 * h + b] : kHiddenScore);
+        const bool sees = largest != kHiddenScore;
+        top[h] = sees ? static_cast<float>(largest) * scale[h] : -INFINITY;
+        poison_[h] = fmaf(sees ? scale[h] : 0.f, 0.f, poison_[h]);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        int even = s_[2 * h], odd = s_[4 + 2 * h];
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j += 2) {
+          even = __vimax3_s32(even, s_[4 * j + 2 * h], s_[4 * j + 2 * h + 1]);
+          odd = __vimax3_s32(odd, s_[4 * j + 4 + 2 * h], s_[4 * j + 5 + 2 * h]);
+        }
+        top[h] = static_cast<float>(max(even, odd)) * scale[h];
+        poison_[h] = fmaf(scale[h], 0.f, poison_[h]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void take_mixed_exponentials(int first_key, bool has_hidden,
+                                                          const float (&scale)[2]) {
+    float slope[2], exact[2], linear[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      exact[h] = kOffset - (max_[h] == -INFINITY ? 0.f : max_[h]);
+      linear[h] = 8.f * exact[h] + 56.f;  // E4M3 has 8 codes to a power of two; code 56 is 1
+      slope[h] = 8.f * scale[h];
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          const int i = 4 * j + 2 * h + b;
+          const float score = __int2float_rn(s_[i]);
+          s_[i] = __float_as_int(is_exact(j) ? exp2_approx(fmaf(score, scale[h], exact[h]))
+                                             : fmaf(score, slope[h], linear[h]));
+        }
+    if (has_hidden) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int last = last_column(h, first_key);
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+          for (int b = 0; b < 2; b++)
+            if (8 * j + 2 * quad_ + b > last)
+              s_[4 * j + 2 * h + b] = __float_as_int(is_exact(j) ? 0.f : -INFINITY);
+      }
+    }
+  }
+
+  // Scores become base-2 logits with the mask in them, -inf where hidden; `top` their maxima.
+  __device__ __forceinline__ void add_mask(int first_key, const float (&scale)[2],
+                                           float (&top)[2]) {
+#pragma unroll
+    for (int i = 0; i < kScores; i++)
+      s_[i] = __float_as_int(__int2float_rn(s_[i]) * scale[i >> 1 & 1]);
+    visit_mask(p_, [&](auto* mask) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = row_ + 8 * h, last = last_column(h, first_key);
+        const auto* at = mask + batch_ * p_.mask_stride_b + head_ * p_.mask_stride_h +
+                         row * p_.mask_stride_n + (first_key + 2 * quad_) * p_.mask_stride_m;
+        if (row >= p_.seqlen_q) continue;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+          for (int b = 0; b < 2; b++) {
+            const int i = 4 * j + 2 * h + b;
+            if (8 * j + 2 * quad_ + b <= last)
+              s_[i] = __float_as_int(
+                  with_mask(__int_as_float(s_[i]), at[(8 * j + b) * p_.mask_stride_m]));
+          }
+      }
+    });
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int last = last_column(h, first_key);
+      top[h] = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          const int i = 4 * j + 2 * h + b;
+          if (8 * j + 2 * quad_ + b > last) s_[i] = __float_as_int(-INFINITY);
+          top[h] = fmaxf(top[h], __int_as_float(s_[i]));
+        }
+    }
+  }
+
+  __device__ __forceinline__ void take_exact_exponentials() {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float origin = max_[h] == -INFINITY ? 0.f : max_[h];
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          const int i = 4 * j + 2 * h + b;
+          // Not fused with the offset: the logits of a row may all be -FLT_MAX.
+          const float x = exp2_approx(__fadd_rn(__int_as_float(s_[i]) - origin, kOffset));
+          sum_[h] += x;
+          s_[i] = __float_as_int(x);
+        }
+    }
+  }
+
+  // 16 keys of a warp's row are two 8-column blocks.
+  __device__ __forceinline__ static constexpr bool is_exact(int block) {
+    return (block >> 1 & 3) < C::kExactColumns;
+  }
+
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int q = 0; q < kKeys / 16; q++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float a = __int_as_float(s_[8 * q + 2 * h]),
+                    b = __int_as_float(s_[8 * q + 2 * h + 1]);
+        const float c = __int_as_float(s_[8 * q + 4 + 2 * h]),
+                    d = __int_as_float(s_[8 * q + 5 + 2 * h]);
+        p8_[2 * q + h] = is_exact(2 * q) ? pack_e4m3(a, b, c, d) : pack_u8(a, b, pack_u8(c, d, 0));
+      }
+  }
+
+  // After a wait: what follows may read the accumulators.
+  __device__ __forceinline__ void hold_output() {
+#pragma unroll
+    for (int i = 0; i < ValueProduct::kRegisters; i++) asm volatile("" : "+r"(o_[i]));
+  }
+
+  __device__ __forceinline__ float output(int i) const {
+    const __half2 pair = *reinterpret_cast<const __half2*>(&o_[i >> 1]);
+    return i & 1 ? __high2float(pair) : __low2float(pair);
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+    const __half2 by[2] = {__float2half2_rn(factor[0]), __float2half2_rn(factor[1])};
+#pragma unroll
+    for (int i = 0; i < ValueProduct::kRegisters; i++) {
+      const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&o_[i]), by[i & 1]);
+      o_[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+    }
+  }
+
+  // Scales and, behind them, shifts of the channels 2 * quad and the next, for the current group.
+  __device__ __forceinline__ const float* group_scales() const {
+    return reinterpret_cast<const float*>(shared_ + C::kValueScaleAt) +
+           group_count_ % C::kScaleSlots * 2 * C::kWidth + 2 * quad_;
+  }
+
+  // Adds the sums of a finished group of V to the fp32 buffer, relative to maxima `reference`.
+  __device__ __forceinline__ void promote(int group, const float (&reference)[2]) {
+    const float* scales = group_scales();
+    const float sum[2] = {output(C::kWidth / 2), output(C::kWidth / 2 + 2)};
+    float old[2];
+    bool sees[2];  // a row that sees nothing of the group is not touched by its NaN
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      old[h] = decay(buffer_max_[h], reference[h]);
+      sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key(p_, row_ + 8 * h);
+      buffer_max_[h] = reference[h];
+    }
+#pragma unroll
+    for (int j = 0; j < C::kWidth / 8; j++) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+      const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
+      float4* place = reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup);
+      float4 x = buffer_is_used_ ? *place : make_float4(0, 0, 0, 0);
+      x.x = fmaf(x.x, old[0], sees[0] ? dequantize(4 * j, scale.x, shift.x, sum[0]) : 0.f);
+      x.y = fmaf(x.y, old[0], sees[0] ? dequantize(4 * j + 1, scale.y, shift.y, sum[0]) : 0.f);
+      x.z = fmaf(x.z, old[1], sees[1] ? dequantize(4 * j + 2, scale.x, shift.x, sum[1]) : 0.f);
+      x.w = fmaf(x.w, old[1], sees[1] ? dequantize(4 * j + 3, scale.y, shift.y, sum[1]) : 0.f);
+      *place = x;
+    }
+    float2* place = reinterpret_cast<float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
+    const float2 total = buffer_is_used_ ? *place : make_float2(0, 0);
+    *place = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
+    buffer_is_used_ = true;
+    accumulates_ = 0;
+    group_count_++;
+  }
+
+  // Sum of P V over a group, in units of kOneInCode like `sum`, the sum of P.
+  __device__ __forceinline__ float dequantize(int i, float scale, float shift, float sum) const {
+    return fmaf(output(i), scale * kOneInCode, shift * sum);
+  }
+
+  // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
+  __device__ __forceinline__ void finish_work(bool& is_live) {
+    const int last_stage = (count_ + steps_ - 1) % kStages;
+    const Place place{batch_, head_, row_};
+    const float top[2] = {max_[0], max_[1]};
+    const float query_scale[2] = {query_scale_[0], query_scale_[1]};
+    float poison[2], sum[2], shift[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      poison[h] = fmaf(query_scale[h], 0.f, poison_[h]);
+      if constexpr (C::kGeneral) {
+        sum[h] = sum_[h];
+        shift[h] = lse_shift_[h];
+      }
+    }
+    count_ += steps_;
+    is_live = begin();
+    skip_keys(is_live);
+    // Without a next piece of work this multiplies stale shared memory; nobody reads the result.
+    multiply_keys(skip_, is_live);
+    wgmma_wait<1>();
+    if (lane_ == 0) barrier_arrive(barriers_.value_empty(last_stage));
+    const float* scales = group_scales();
+    group_count_++;
+    skip_values(is_live);
+    hold_output();
+    write(place, scales, top, poison, sum, shift);
+  }
+
+  __device__ __forceinline__ void write(const Place& place, const float* scales,
+                                        const float (&top)[2], float (&poison)[2],
+                                        float (&exact_sum)[2], const float (&lse_shift)[2]) {
+    float old[2], inverse[2], group_sum[2];
+    bool attends[2];
+    float2 total = make_float2(0, 0);
+    if (buffer_is_used_)
+      total = *reinterpret_cast<const float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      old[h] = decay(buffer_max_[h], top[h]);
+      group_sum[h] = output(C::kWidth / 2 + 2 * h);
+      poison[h] += __shfl_xor_sync(~0u, poison[h], 1);
+      poison[h] += __shfl_xor_sync(~0u, poison[h], 2);
+      if constexpr (C::kGeneral) {
+        exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 1);
+        exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 2);
+        poison[h] = fmaf(exact_sum[h], 0.f, 0.f);
+      }
+      attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
+      inverse[h] = __fdividef(1.f, fmaf(h ? total.y : total.x, old[h], group_sum[h])) + poison[h];
+    }
+    if constexpr (C::kGeneral) {
+      if (p_.lse != nullptr && quad_ == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const float lse =
+              (top[h] - kOffset + __log2f(exact_sum[h])) * 0.6931471805599453f + lse_shift[h];
+          store_lse(p_, place, h, attends[h] ? lse : -INFINITY);
+        }
+      }
+    }
+#pragma unroll
+    for (int j0 = 0; j0 < C::kWidth / 8; j0 += 4) {
+      float x[2][4][2];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int j = j0 + k;
+        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+        const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
+        float4 before = make_float4(0, 0, 0, 0);
+        if (buffer_is_used_)
+          before = *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
+        x[0][k][0] = fmaf(before.x, old[0], dequantize(4 * j, scale.x, shift.x, group_sum[0]));
+        x[0][k][1] = fmaf(before.y, old[0], dequantize(4 * j + 1, scale.y, shift.y, group_sum[0]));
+        x[1][k][0] = fmaf(before.z, old[1], dequantize(4 * j + 2, scale.x, shift.x, group_sum[1]));
+        x[1][k][1] = fmaf(before.w, old[1], dequantize(4 * j + 3, scale.y, shift.y, group_sum[1]));
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+          for (int b = 0; b < 2; b++) x[h][k][b] = attends[h] ? x[h][k][b] * inverse[h] : 0.f;
+      }
+      store_columns(p_, place, j0, quad_, x);
+      // Keeps the blocks apart: all at once need more registers than there are.
+      asm volatile("" ::: "memory");
+    }
+  }
+
+  using ValueProduct = Values<C::kOutputColumns>;
+  static constexpr int kScores = Scores<kKeys>::kRegisters;
+
+  const AttentionParams& p_;
+  const Schedule& schedule_;
+  uint8_t* const shared_;
+  const uint32_t base_;
+  const Barriers<C> barriers_;
+  const volatile int* const work_index_;
+  const int warpgroup_, lane_, row_in_block_, quad_;
+  float* const buffer_;  // sums of finished groups of V, then of P, relative to buffer_max_
+
+  int count_ = 0;        // steps of K and V before this piece of work
+  int group_count_ = 0;  // groups of V whose scales were taken
+  int work_count_ = 0;
+  int slot_, batch_, head_, row_, steps_, skip_, first_row_last_key_;
+  uint64_t query_;
+  float query_scale_[2], lse_shift_[2], sum_[2];
+  float max_[2], buffer_max_[2], poison_[2];
+  bool buffer_is_used_;
+  int accumulates_;
+  int s_[kScores];
+  uint32_t p8_[kKeys / 8];
+  uint32_t o_[ValueProduct::kRegisters];
+};
+
+}  // namespace torch_sage::sm90

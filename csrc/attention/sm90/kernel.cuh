@@ -1,0 +1,98 @@
+// The attention kernel: persistent blocks of one producer and kConsumers consumer warpgroups.
+//
+// INT8 Q K^T with both operands in shared memory; P, as E4M3, stays in the registers in which the
+// scores arrive; E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32
+// buffer in shared memory. Behind V stand rows of ones, so the same instruction sums P.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "attention/sm90/consumer.cuh"
+#include "attention/sm90/producer.cuh"
+
+namespace torch_sage::sm90 {
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_kernel(const __grid_constant__ AttentionParams p,
+                     const __grid_constant__ Schedule s) {
+  extern __shared__ uint8_t memory[];
+  uint8_t* shared =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  const uint32_t base = shared_address(shared);
+  const Barriers<C> barriers{base + C::kBarrierAt};
+  volatile int* work_index =
+      reinterpret_cast<volatile int*>(shared + C::kBarrierAt + 8 * (4 * kStages + 6));
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; stage++) {
+      barrier_init(barriers.key_full(stage), 1);
+      barrier_init(barriers.key_empty(stage), kConsumers * 4);
+      barrier_init(barriers.value_full(stage), 1);
+      barrier_init(barriers.value_empty(stage), kConsumers * 4);
+    }
+    for (int slot = 0; slot < 2; slot++) {
+      barrier_init(barriers.query_full(slot), kQueryThreads);
+      barrier_init(barriers.query_empty(slot), kConsumers * 4);
+      barrier_init(barriers.work_ready(slot), 1);
+    }
+    fence_barriers();
+  }
+  // The rows of ones behind every panel of V; copies never touch them.
+  constexpr int kPanels = kStages * kKeys / kKeyTile, kOnesWords = 8 * kKeyTile / 4;
+  for (int i = threadIdx.x; i < kPanels * kOnesWords; i += kThreads)
+    reinterpret_cast<uint32_t*>(shared + C::kValueAt + i / kOnesWords * C::kPanelBytes +
+                                C::kWidth * kKeyTile)[i % kOnesWords] = kOneCodes;
+  fence_async_proxy();
+  __syncthreads();
+  if (threadIdx.x >= kConsumers * kWarpgroup) {
+    give_registers<kProducerRegisters>();
+    const int thread = threadIdx.x - kConsumers * kWarpgroup;
+    if (thread == 0) {
+      fetch_keys_and_values<C>(p, s, base, barriers, work_index);
+    } else if (thread >= 32) {
+      quantize_queries<C>(p, s, shared, barriers, work_index, thread - 32);
+    }
+  } else {
+    take_registers<kConsumerRegisters>();
+    Consumer<C>(p, s, shared, barriers, work_index).run();
+  }
+}
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+template <class C>
+void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
+  Schedule schedule;
+  schedule.row_blocks = (params.seqlen_q + kRows - 1) / kRows;
+  schedule.heads = params.batch * params.heads_q;
+  schedule.total = schedule.row_blocks * schedule.heads;
+  schedule.section = 0;
+  if (params.is_causal) {
+    const int64_t head_bytes = params.kv.tiles() * kKeyTile * C::kWidth * 2;
+    const int64_t kv_heads = kSectionBytes / head_bytes;
+    schedule.section =
+        static_cast<int>(kv_heads < 1 ? 1 : kv_heads) * (params.heads_q / params.heads_kv);
+  }
+  const auto kernel = attention_kernel<C>;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes),
+      "cudaFuncSetAttribute");
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = params.follows_prepare;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(schedule.total < multiprocessors ? schedule.total : multiprocessors);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = C::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params, schedule),
+             "the attention kernel's launch");
+}
+
+}  // namespace torch_sage::sm90

@@ -1,0 +1,45 @@
+// Masks, read where they lie.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "attention/sm90/params.h"
+#include "quantize/cuda/rules.cuh"
+
+namespace torch_sage::sm90 {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+// The base-2 logit with the mask's element in it; -inf where that hides the key.
+template <typename Element>
+__device__ __forceinline__ float with_mask(float logit, Element element) {
+  if constexpr (std::is_same_v<Element, bool>) {
+    return element ? logit : -INFINITY;
+  } else {
+    const float bias = to_float(element), scaled = bias * kLog2E;
+    if (bias == -INFINITY) return bias;  // hides the key even where its scale is NaN
+    const bool overflows = fabsf(scaled) == INFINITY && bias != INFINITY;
+    return logit + (overflows ? copysignf(3.402823466e38f, bias) : scaled);
+  }
+}
+
+// Calls `visit` with the mask's data in its type.
+template <typename Visit>
+__device__ __forceinline__ void visit_mask(const AttentionParams& p, Visit visit) {
+  if (p.mask_kind == MaskKind::kBool) {
+    visit(static_cast<const bool*>(p.mask));
+  } else if (p.mask_kind == MaskKind::kFloat32) {
+    visit(static_cast<const float*>(p.mask));
+  } else if (p.mask_kind == MaskKind::kBFloat16) {
+    visit(static_cast<const __nv_bfloat16*>(p.mask));
+  } else if (p.mask_kind == MaskKind::kFloat16) {
+    visit(static_cast<const __half*>(p.mask));
+  }
+}
+
+}  // namespace torch_sage::sm90

@@ -1,0 +1,48 @@
+// What the host hands to Hopper's attention kernel: plain data.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/params.h"
+#include "quantize/cuda/prepared.h"
+
+namespace torch_sage::sm90 {
+
+struct Rows {
+  int64_t stride_b, stride_h, stride_n;  // elements
+};
+
+struct AttentionParams {
+  int batch, heads_q, heads_kv, seqlen_q, head_dim, head_dim_v;
+
+  const void* query;  // [b, h_q, n, head_dim], rows aligned to 16 bytes, head_dim a multiple of 8
+  Dtype dtype;        // of query and output
+  Rows query_rows;
+
+  PreparedKv kv;
+  int key_mean_columns;  // head_dim before it was padded
+
+  // Key m is visible to query n iff m <= n + last_key_offset and m < kv.seqlen.
+  int last_key_offset;
+  bool is_causal;  // whether that hides anything: work is then handed out longest first
+  float scale;     // of the scores, any sign
+
+  MaskKind mask_kind;
+  const void* mask;
+  int64_t mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_m;
+
+  void* output;  // [b, h_q, n, head_dim_v], last dimension dense
+  Rows output_rows;
+  float* lse;  // [b, h_q, n] natural log; may be null
+
+  bool exact_exponential;
+  int* work_counter;     // zero when the kernel runs; null: every block takes a fixed share
+  bool follows_prepare;  // launched right behind prepare_kv, may start before it has ended
+};
+
+// Throws std::runtime_error where the launch fails.
+void launch_attention(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+
+}  // namespace torch_sage::sm90

@@ -1,0 +1,234 @@
+// The warpgroup that feeds the others: one thread fetches K and V, three warps quantize Q.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "attention/sm90/config.cuh"
+#include "attention/sm90/ptx.cuh"
+#include "attention/sm90/work.cuh"
+#include "quantize/cuda/rules.cuh"
+
+namespace torch_sage::sm90 {
+
+// K and V of every piece of work, last keys first, through kStages buffers.
+template <class C>
+__device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, const Schedule& s,
+                                                      uint32_t base, Barriers<C> barriers,
+                                                      const volatile int* work_index) {
+  constexpr int kScaleBytes = C::kWidth * 4;
+  if (p.follows_prepare) wait_for_previous_kernel();
+  int count = 0, group_count = 0;
+  for (int i = 0;; i++) {
+    barrier_wait(barriers.work_ready(i & 1), (i >> 1) & 1);
+    const int index = work_index[i & 1];
+    if (index >= s.total) return;
+    const Work work = find_work(p, s, index);
+    const int64_t head = key_head(p, work), tiles = p.kv.tiles();
+    const int8_t* keys = p.kv.key_codes + head * tiles * (kKeyTile * C::kWidth);
+    const uint8_t* values = p.kv.value_codes + head * tiles * (kKeyTile * C::kWidth);
+    const float* key_scales = p.kv.key_scales + head * tiles * 2;
+    const float* value_scales = p.kv.value_scales + head * p.kv.groups() * C::kWidth;
+    const float* value_shift = p.kv.value_shift + head * p.kv.groups() * C::kWidth;
+    for (int step = work.steps - 1; step >= 0; step--, count++) {
+      const int stage = count % kStages, phase = (count / kStages) & 1;
+      barrier_wait(barriers.key_empty(stage), phase ^ 1);
+      barrier_expect(barriers.key_full(stage), C::kKeyBytes + 16);
+      copy_to_shared(base + C::kKeyAt + stage * C::kKeyBytes,
+                     keys + static_cast<int64_t>(step) * C::kKeyBytes, C::kKeyBytes,
+                     barriers.key_full(stage));
+      copy_to_shared(base + C::kKeyScaleAt + stage * 16, key_scales + step * 4, 16,
+                     barriers.key_full(stage));
+      const bool starts_group =
+          step == work.steps - 1 || step % kStepsPerGroup == kStepsPerGroup - 1;
+      barrier_wait(barriers.value_empty(stage), phase ^ 1);
+      barrier_expect(barriers.value_full(stage),
+                     kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
+      if (starts_group) {
+        const int64_t group = step / kStepsPerGroup;
+        const uint32_t slot =
+            base + C::kValueScaleAt + group_count % C::kScaleSlots * 2 * kScaleBytes;
+        copy_to_shared(slot, value_scales + group * C::kWidth, kScaleBytes,
+                       barriers.value_full(stage));
+        copy_to_shared(slot + kScaleBytes, value_shift + group * C::kWidth, kScaleBytes,
+                       barriers.value_full(stage));
+        group_count++;
+      }
+#pragma unroll
+      for (int panel = 0; panel < kKeys / kKeyTile; panel++) {
+        constexpr int kBytes = kKeyTile * C::kWidth;
+        copy_to_shared(base + C::kValueAt + stage * C::kValueBytes + panel * C::kPanelBytes,
+                       values + (static_cast<int64_t>(step) * (kKeys / kKeyTile) + panel) * kBytes,
+                       kBytes, barriers.value_full(stage));
+      }
+    }
+  }
+}
+
+// Eight adjacent elements of a row: 16 bytes, or 32 of fp32.
+template <bool kIsWide>
+struct Eight {
+  uint32_t words[kIsWide ? 8 : 4];
+
+  __device__ __forceinline__ void load(const char* at, bool is_inside) {
+    const uint4* from = reinterpret_cast<const uint4*>(at);
+#pragma unroll
+    for (int i = 0; i < (kIsWide ? 2 : 1); i++) {
+      const uint4 part = is_inside ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+      words[4 * i] = part.x;
+      words[4 * i + 1] = part.y;
+      words[4 * i + 2] = part.z;
+      words[4 * i + 3] = part.w;
+    }
+  }
+
+  // Magnitudes compare as integers, so that NaN is the largest; those of 16 bits in the upper half.
+  __device__ __forceinline__ uint32_t largest(uint32_t so_far) const {
+#pragma unroll
+    for (const uint32_t word : words) {
+      if constexpr (kIsWide) {
+        so_far = max(so_far, word & 0x7fffffffu);
+      } else {
+        so_far = max(so_far, word << 16 & 0x7fff0000u);
+        so_far = max(so_far, word & 0x7fff0000u);
+      }
+    }
+    return so_far;
+  }
+
+  __device__ __forceinline__ float2 pair(int i, Dtype dtype) const {
+    if constexpr (kIsWide) {
+      return {__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1])};
+    } else if (dtype == Dtype::kBFloat16) {
+      return {__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
+    } else {
+      return __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+    }
+  }
+};
+
+// Row times the mean of K, which the scores lack, summed over the four threads of the row.
+template <bool kIsWide, int kChunks>
+__device__ __forceinline__ float dot_key_mean(const AttentionParams& p, const Work& work,
+                                              const Eight<kIsWide> (&x)[kChunks], int part) {
+  const float* mean = p.kv.key_mean + key_head(p, work) * p.key_mean_columns;
+  float dot = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; c++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 pair = x[c].pair(i, p.dtype);
+      const int column = c * 32 + part * 8 + 2 * i;
+      if (column < p.key_mean_columns) dot = fmaf(pair.x, mean[column], dot);
+      if (column + 1 < p.key_mean_columns) dot = fmaf(pair.y, mean[column + 1], dot);
+    }
+  dot += __shfl_xor_sync(~0u, dot, 1);
+  return dot + __shfl_xor_sync(~0u, dot, 2);
+}
+
+// Quantizes the query rows of one piece of work per row: codes to shared memory as wgmma's swizzle
+// wants them, scales times |softmax scale| * log2(e); a negative softmax scale is in the codes.
+template <class C, bool kIsWide>
+__device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, const Work& work,
+                                                    uint8_t* codes, float* scales, float* shifts,
+                                                    int thread) {
+  constexpr int kBytes = kIsWide ? 4 : 2;
+  constexpr int kChunks = C::kWidth / 32;  // of 8 columns, per thread
+  constexpr int kStride = kQueryThreads / 4;
+  const int part = thread & 3;
+  const char* rows = static_cast<const char*>(p.query) +
+                     (work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
+                      work.row_block * kRows * p.query_rows.stride_n + part * 8) *
+                         kBytes;
+  const int64_t row_bytes = p.query_rows.stride_n * kBytes;
+  const int valid_rows = min(kRows, p.seqlen_q - work.row_block * kRows);
+  const auto load = [&](Eight<kIsWide>(&x)[kChunks], int row) {
+#pragma unroll
+    for (int c = 0; c < kChunks; c++)
+      x[c].load(rows + row * row_bytes + c * 32 * kBytes,
+                row < valid_rows && c * 32 + part * 8 < p.head_dim);
+  };
+  // 16-bit rows are fetched one ahead; of fp32 there are not enough registers for two.
+  Eight<kIsWide> next[kIsWide ? 1 : kChunks];
+  if constexpr (!kIsWide) load(next, thread >> 2);
+#pragma unroll 1
+  for (int row = thread >> 2; row < kRows; row += kStride) {
+    Eight<kIsWide> x[kChunks];
+    if constexpr (kIsWide) {
+      load(x, row);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kChunks; c++) x[c] = next[c];
+      load(next, row + kStride);
+    }
+    uint32_t largest = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) largest = x[c].largest(largest);
+    largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+    const float amax = p.dtype == Dtype::kFloat16 ? __half2float(__ushort_as_half(largest >> 16))
+                                                  : __uint_as_float(largest);
+    const ScaleAndInverse scale = scale_and_inverse(amax, 127.f, kInverse127);
+    const float factor = p.scale < 0 ? -scale.inverse : scale.inverse;
+    if (part == 0) scales[row] = __fmul_rn(scale.scale, fabsf(p.scale) * kLog2E);
+    if constexpr (C::kGeneral) {
+      const float dot = p.lse == nullptr ? 0.f : dot_key_mean(p, work, x, part);
+      if (part == 0) shifts[row] = dot * p.scale;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      uint32_t packed[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float2 low = x[c].pair(2 * i, p.dtype), high = x[c].pair(2 * i + 1, p.dtype);
+        packed[i] = pack_s8(__fmul_rn(low.x, factor), __fmul_rn(low.y, factor),
+                            pack_s8(__fmul_rn(high.x, factor), __fmul_rn(high.y, factor), 0));
+      }
+      const int column = (c * 4 + part) * 8, chunk = column >> 4;
+      const int place = C::kWidth == 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+      *reinterpret_cast<uint2*>(codes + row * C::kWidth + place * 16 + (column & 8)) =
+          make_uint2(packed[0], packed[1]);
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void quantize_queries(const AttentionParams& p, const Schedule& s,
+                                                 uint8_t* shared, Barriers<C> barriers,
+                                                 volatile int* work_index, int thread) {
+  for (int i = 0;; i++) {
+    const int slot = i & 1;
+    barrier_wait(barriers.query_empty(slot), ((i >> 1) & 1) ^ 1);
+    if (thread == 0) {
+      int index = blockIdx.x + i * gridDim.x;
+      if (i > 0 && p.work_counter != nullptr) {
+        if (i == 1 && p.follows_prepare) wait_for_previous_kernel();
+        index = gridDim.x + atomicAdd(p.work_counter, 1);
+      }
+      work_index[slot] = index;
+      barrier_arrive(barriers.work_ready(slot));
+    }
+    named_barrier<7, kQueryThreads>();
+    const int index = work_index[slot];
+    if (index >= s.total) {
+      barrier_arrive(barriers.query_full(slot));
+      return;
+    }
+    if constexpr (C::kGeneral) {  // reads the mean of K
+      if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
+    }
+    const Work work = find_work(p, s, index);
+    uint8_t* codes = shared + C::kQueryAt + slot * kRows * C::kWidth;
+    float* scales = reinterpret_cast<float*>(shared + C::kQueryScaleAt) + slot * kRows;
+    float* shifts = reinterpret_cast<float*>(shared + C::kQueryShiftAt) + slot * kRows;
+    if (p.dtype == Dtype::kFloat32) {
+      quantize_query_rows<C, true>(p, work, codes, scales, shifts, thread);
+    } else {
+      quantize_query_rows<C, false>(p, work, codes, scales, shifts, thread);
+    }
+    fence_async_proxy();
+    barrier_arrive(barriers.query_full(slot));
+  }
+}
+
+}  // namespace torch_sage::sm90

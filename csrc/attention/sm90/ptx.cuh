@@ -1,0 +1,135 @@
+// PTX instructions that CUDA C++ has no name for.
+#pragma once
+
+#include <cstdint>
+
+namespace torch_sage::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// mbarriers, by shared address.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "WAIT: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+      "@p bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;");
+}
+// Makes this thread's writes to shared memory visible to wgmma and the copy engine.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;");
+}
+template <int kId, int kThreads>
+__device__ __forceinline__ void named_barrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
+// Copies `bytes` (a multiple of 16, both sides aligned to 16) and reports them to `barrier`.
+__device__ __forceinline__ void copy_to_shared(uint32_t to, const void* from, int bytes,
+                                               uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Descriptor of a K-major operand whose rows have 128 or 64 bytes, swizzled over those.
+template <int kRowBytes>
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kStride = 8 * kRowBytes >> 4, kSwizzle = kRowBytes == 128 ? 1 : 2;
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | 1ull << 16 | kStride << 32 |
+         kSwizzle << 62;
+}
+
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Programmatic dependent launch.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Two floats, truncated and saturated to bytes, and above them the lower half of `rest`. With both
+// inputs from cvt.rzi this is one F2IP; volatile keeps it behind the waits for wgmma.
+__device__ __forceinline__ uint32_t pack_u8(float low, float high, uint32_t rest) {
+  uint32_t packed;
+  asm volatile(
+      "{.reg .s32 a, b;\n"
+      "cvt.rzi.s32.f32 a, %1;\n"
+      "cvt.rzi.s32.f32 b, %2;\n"
+      "cvt.pack.sat.u8.s32.b32 %0, b, a, %3;}"
+      : "=r"(packed)
+      : "f"(low), "f"(high), "r"(rest));
+  return packed;
+}
+// The same, rounded to nearest even, saturated to signed bytes.
+__device__ __forceinline__ uint32_t pack_s8(float low, float high, uint32_t rest) {
+  uint32_t packed;
+  asm volatile(
+      "{.reg .s32 a, b;\n"
+      "cvt.rni.s32.f32 a, %1;\n"
+      "cvt.rni.s32.f32 b, %2;\n"
+      "cvt.pack.sat.s8.s32.b32 %0, b, a, %3;}"
+      : "=r"(packed)
+      : "f"(low), "f"(high), "r"(rest));
+  return packed;
+}
+// Four floats as E4M3, rounded to nearest even, saturated; NaN stays NaN.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint32_t packed;
+  asm volatile(
+      "{.reg .b16 l, h;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\n"
+      "mov.b32 %0, {l, h};}"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
+}  // namespace torch_sage::sm90

@@ -1,0 +1,57 @@
+#include "cuda/device.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <array>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "common/check.h"
+
+namespace torch_sage {
+namespace {
+
+using GetStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// A tensor on a GPU exists only where torch has loaded its CUDA library. Linking that would keep
+// this library from loading in a torch without it.
+GetStream find_get_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* symbol =
+      library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+  if (symbol == nullptr)
+    throw std::runtime_error("libtorch_cuda.so must be loaded for tensors on cuda, got none");
+  return reinterpret_cast<GetStream>(symbol);
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("cudaDeviceGetAttribute failed: ") +
+                             cudaGetErrorString(error));
+  return value;
+}
+
+}  // namespace
+
+cudaStream_t current_stream(int device) {
+  static const GetStream get_stream = find_get_stream();
+  void* stream = nullptr;
+  if (get_stream(device, &stream) != 0)
+    throw std::runtime_error("torch has no current stream for cuda:" + std::to_string(device));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_hopper(int device) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  check(major == 9 && minor == 0, "query must be on a GPU of compute capability 9.0, got ", major,
+        ".", minor);
+}
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+}  // namespace torch_sage

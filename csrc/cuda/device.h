@@ -1,0 +1,18 @@
+// The current device and stream of torch, without linking its CUDA library.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace torch_sage {
+
+// The stream on which work on `device` belongs now. Throws std::runtime_error without torch's CUDA.
+cudaStream_t current_stream(int device);
+
+// Throws std::invalid_argument unless `device` has compute capability 9.0.
+void check_hopper(int device);
+
+// How many multiprocessors `device` has.
+int multiprocessors(int device);
+
+}  // namespace torch_sage

@@ -1,0 +1,314 @@
+#include "cuda/ops.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <limits>
+
+#include "attention/request.h"
+#include "attention/sm90/params.h"
+#include "common/check.h"
+#include "cuda/device.h"
+#include "quantize/cuda/prepared.h"
+
+namespace torch_sage::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kMaxWidth = 128;
+constexpr int64_t kMaxRows =
+    1 << 30;  // row numbers and their differences are 32-bit in the kernels
+constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
+
+// Channels of the codes of K and V: one instantiation of the kernels each.
+int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
+  const int64_t larger = std::max(head_dim, head_dim_v);
+  check(larger <= kMaxWidth, "query and value must have a head_dim of at most ", kMaxWidth,
+        " in this recipe, got ", larger);
+  return larger <= 64 ? 64 : 128;
+}
+
+void check_rows(const char* name, int64_t rows) {
+  check(rows <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ", rows);
+}
+
+// The same rows where vector loads of 8 elements can read them; a zero-padded copy where not.
+FloatOperand vectorized(const FloatOperand& x) {
+  const int64_t per_load = 16 / x.element_bytes;
+  const auto fits = [&](int64_t stride, int64_t size) {
+    return size <= 1 || stride % per_load == 0;
+  };
+  if (x.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+      fits(x.stride_b, x.batch) && fits(x.stride_h, x.heads) && fits(x.stride_n, x.rows))
+    return x;
+  const int64_t columns = (x.columns + 7) / 8 * 8;
+  Tensor padded = torch::stable::new_zeros(x.tensor, {x.batch, x.heads, x.rows, columns});
+  Tensor filled = torch::stable::narrow(padded, 3, 0, x.columns);
+  torch::stable::copy_(filled, x.tensor);
+  FloatOperand copy = x;
+  copy.tensor = padded;
+  copy.data = static_cast<const std::byte*>(padded.const_data_ptr());
+  copy.columns = columns;
+  copy.stride_b = padded.stride(0);
+  copy.stride_h = padded.stride(1);
+  copy.stride_n = padded.stride(2);
+  return copy;
+}
+
+// K and V in the kernels' layout; `view` points into the tensors.
+struct PreparedTensors {
+  Tensor key_codes, key_scales, key_mean, value_codes, value_scales, value_shift;
+  int64_t heads, head_dim, head_dim_v;
+  PreparedKv view;
+};
+
+PreparedTensors allocate_prepared(int64_t batch, int64_t heads, int64_t seqlen, int64_t head_dim,
+                                  int64_t head_dim_v, const Device& device) {
+  const int64_t width = width_of(head_dim, head_dim_v);
+  PreparedKv view{};
+  view.seqlen = static_cast<int>(seqlen);
+  view.width = static_cast<int>(width);
+  const int64_t tiles = view.tiles(), groups = view.groups();
+  const auto fp32 = [&](std::initializer_list<int64_t> sizes) {
+    return new_tensor(sizes, ScalarType::Float, device);
+  };
+  PreparedTensors kv{new_tensor({batch, heads, tiles, kKeyTile * width}, ScalarType::Char, device),
+                     fp32({batch, heads, tiles / 2, 4}),
+                     fp32({batch, heads, head_dim}),
+                     new_tensor({batch, heads, tiles, kKeyTile * width}, ScalarType::Byte, device),
+                     fp32({batch, heads, groups, width}),
+                     fp32({batch, heads, groups, width}),
+                     heads,
+                     head_dim,
+                     head_dim_v,
+                     view};
+  kv.view.key_codes = static_cast<int8_t*>(kv.key_codes.mutable_data_ptr());
+  kv.view.key_scales = static_cast<float*>(kv.key_scales.mutable_data_ptr());
+  kv.view.key_mean = static_cast<float*>(kv.key_mean.mutable_data_ptr());
+  kv.view.value_codes = static_cast<uint8_t*>(kv.value_codes.mutable_data_ptr());
+  kv.view.value_scales = static_cast<float*>(kv.value_scales.mutable_data_ptr());
+  kv.view.value_shift = static_cast<float*>(kv.value_shift.mutable_data_ptr());
+  return kv;
+}
+
+PreparedTensors prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
+                        int* work_counter, cudaStream_t stream) {
+  check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
+  check_rows("key", key.rows);
+  const Device device = key.tensor.device();
+  PreparedTensors kv =
+      allocate_prepared(key.batch, key.heads, key.rows, key.columns, value.columns, device);
+  if (key.batch == 0 || key.heads == 0 || key.rows == 0) {
+    torch::stable::zero_(kv.key_mean);
+    return kv;
+  }
+  const FloatOperand k = vectorized(key), v = vectorized(value);
+  PrepareParams params{};
+  params.batch = static_cast<int>(k.batch);
+  params.heads = static_cast<int>(k.heads);
+  params.head_dim = static_cast<int>(k.columns);
+  params.head_dim_v = static_cast<int>(v.columns);
+  params.key_mean_columns = static_cast<int>(key.columns);
+  params.key = k.data;
+  params.value = v.data;
+  params.dtype = k.dtype;
+  params.key_stride_b = k.stride_b;
+  params.key_stride_h = k.stride_h;
+  params.key_stride_n = k.stride_n;
+  params.value_stride_b = v.stride_b;
+  params.value_stride_h = v.stride_h;
+  params.value_stride_n = v.stride_n;
+  params.smooth_key = smooth.key;
+  params.smooth_value = smooth.value;
+  params.kv = kv.view;
+  params.work_counter = work_counter;
+  launch_prepare_kv(params, stream);
+  return kv;
+}
+
+Result attend(const FloatOperand& query, const PreparedTensors& kv, const Request& request,
+              bool exact_exponential, int* work_counter, bool follows_prepare, int device,
+              cudaStream_t stream) {
+  check_rows("query", query.rows);
+  Result result{new_output(query, kv.head_dim_v, request.output_order), std::nullopt};
+  if (request.wants_lse) {
+    result.lse = new_tensor({query.batch, query.heads, query.rows}, ScalarType::Float,
+                            query.tensor.device());
+  }
+  if (query.batch == 0 || query.heads == 0 || query.rows == 0) return result;
+  if (kv.view.seqlen == 0) {
+    torch::stable::zero_(result.output);
+    if (result.lse) torch::stable::fill_(*result.lse, -std::numeric_limits<double>::infinity());
+    return result;
+  }
+  const FloatOperand q = vectorized(query);
+  sm90::AttentionParams params{};
+  params.batch = static_cast<int>(q.batch);
+  params.heads_q = static_cast<int>(q.heads);
+  params.heads_kv = static_cast<int>(kv.heads);
+  params.seqlen_q = static_cast<int>(q.rows);
+  params.head_dim = static_cast<int>(q.columns);
+  params.head_dim_v = static_cast<int>(kv.head_dim_v);
+  params.key_mean_columns = static_cast<int>(kv.head_dim);
+  params.query = q.data;
+  params.dtype = q.dtype;
+  params.query_rows = {q.stride_b, q.stride_h, q.stride_n};
+  params.kv = kv.view;
+  params.is_causal = request.causal != Causal::kNone;
+  params.last_key_offset = request.causal == Causal::kNone      ? kv.view.seqlen
+                           : request.causal == Causal::kTopLeft ? 0
+                                                                : kv.view.seqlen - params.seqlen_q;
+  params.scale = static_cast<float>(softmax_scale(query, request));
+  std::optional<Mask> mask;
+  if (request.attn_mask.has_value()) {
+    mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.view.seqlen,
+                     query.tensor.device());
+    params.mask_kind = mask->kind;
+    params.mask = mask->tensor.const_data_ptr();
+    params.mask_stride_b = mask->strides[0];
+    params.mask_stride_h = mask->strides[1];
+    params.mask_stride_n = mask->strides[2];
+    params.mask_stride_m = mask->strides[3];
+  }
+  params.output = result.output.mutable_data_ptr();
+  params.output_rows = {result.output.stride(0), result.output.stride(1), result.output.stride(2)};
+  params.lse = result.lse ? static_cast<float*>(result.lse->mutable_data_ptr()) : nullptr;
+  params.exact_exponential = exact_exponential;
+  params.work_counter = work_counter;
+  params.follows_prepare = follows_prepare;
+  sm90::launch_attention(params, multiprocessors(device), stream);
+  return result;
+}
+
+Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
+                    const Request& request, const Text& qk, const Text& granularity,
+                    const Text& smooth, const Text& exponential) {
+  check(std::string_view(qk) == "int8", "qk must be one of ['int8'] in this recipe, got '",
+        std::string_view(qk), "'");
+  check(std::string_view(granularity) == "token_thread",
+        "granularity must be one of ['token_thread'] in this recipe, got '",
+        std::string_view(granularity), "'");
+  const bool exact = parse("exponential", exponential, kExact);
+  const Smooth smoothing = parse("smooth", smooth, kSmoothing);
+  const int device = query.get_device_index();
+  check_hopper(device);
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  const auto [q, k, v] = read_operands(query, key, value, query.device());
+  // Zeroed by the pre-pass, counted up by the attention kernel.
+  const Tensor counter = new_tensor({1}, ScalarType::Int, query.device());
+  int* work_counter =
+      request.causal == Causal::kNone ? nullptr : static_cast<int*>(counter.mutable_data_ptr());
+  const PreparedTensors kv = prepare(k, v, smoothing, work_counter, stream);
+  return attend(q, kv, request, exact, work_counter, true, device, stream);
+}
+
+Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seqlen_k,
+                       int64_t head_dim_v, const Request& request, const Text& exponential) {
+  const bool exact = parse("exponential", exponential, kExact);
+  const int index = query.get_device_index();
+  check_hopper(index);
+  const DeviceGuard guard(index);
+  const cudaStream_t stream = current_stream(index);
+  const Device device = query.device();
+  const FloatOperand q = read_float("query", query, device);
+  check(seqlen_k >= 0 && seqlen_k <= kMaxRows, "seqlen_k must be between 0 and ", kMaxRows,
+        ", got ", seqlen_k);
+  check(head_dim_v >= 1, "head_dim_v must be at least 1, got ", head_dim_v);
+  const auto& [key_codes, key_scales, key_mean, value_codes, value_scales, value_shift] = tensors;
+  check(key_codes.defined() && key_codes.dim() == 4,
+        "key_codes must be 4-D [batch, heads, tiles, bytes]");
+  const int64_t heads = key_codes.size(1), width = width_of(q.columns, head_dim_v);
+  check_heads(q.heads, heads, "key_codes");
+  PreparedKv view{};
+  view.seqlen = static_cast<int>(seqlen_k);
+  view.width = static_cast<int>(width);
+  const int64_t tiles = view.tiles(), groups = view.groups();
+  const int32_t fp32 = aoti_torch_dtype_float32();
+  PreparedTensors kv{
+      read_exact("key_codes", key_codes, aoti_torch_dtype_int8(),
+                 {q.batch, heads, tiles, kKeyTile * width}, device),
+      read_exact("key_scales", key_scales, fp32, {q.batch, heads, tiles / 2, 4}, device),
+      read_exact("key_mean", key_mean, fp32, {q.batch, heads, q.columns}, device),
+      read_exact("value_codes", value_codes, aoti_torch_dtype_uint8(),
+                 {q.batch, heads, tiles, kKeyTile * width}, device),
+      read_exact("value_scales", value_scales, fp32, {q.batch, heads, groups, width}, device),
+      read_exact("value_shift", value_shift, fp32, {q.batch, heads, groups, width}, device),
+      heads,
+      q.columns,
+      head_dim_v,
+      view};
+  kv.view.key_codes = static_cast<int8_t*>(kv.key_codes.mutable_data_ptr());
+  kv.view.key_scales = static_cast<float*>(kv.key_scales.mutable_data_ptr());
+  kv.view.key_mean = static_cast<float*>(kv.key_mean.mutable_data_ptr());
+  kv.view.value_codes = static_cast<uint8_t*>(kv.value_codes.mutable_data_ptr());
+  kv.view.value_scales = static_cast<float*>(kv.value_scales.mutable_data_ptr());
+  kv.view.value_shift = static_cast<float*>(kv.value_shift.mutable_data_ptr());
+  return attend(q, kv, request, exact, nullptr, false, index, stream);
+}
+
+}  // namespace
+
+Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+            const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
+            const Text& qk, const Text& granularity, const Text&, const Text& smooth,
+            const Text& exponential, const Text& output_order) {
+  return attend_whole(query, key, value,
+                      read_request(attn_mask, causal, scale, output_order, false), qk, granularity,
+                      smooth, exponential)
+      .output;
+}
+
+std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                         const Tensor& value,
+                                         const std::optional<Tensor>& attn_mask, const Text& causal,
+                                         std::optional<double> scale, const Text& qk,
+                                         const Text& granularity, const Text&, const Text& smooth,
+                                         const Text& exponential, const Text& output_order) {
+  const Result result =
+      attend_whole(query, key, value, read_request(attn_mask, causal, scale, output_order, true),
+                   qk, granularity, smooth, exponential);
+  return {result.output, *result.lse};
+}
+
+Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) {
+  const Smooth smoothing = parse("smooth", smooth, kSmoothing);
+  const int device = key.get_device_index();
+  check_hopper(device);
+  const DeviceGuard guard(device);
+  // A query of the same shape would pass: what must agree between key and value is checked.
+  const auto [q, k, v] = read_operands(key, key, value, key.device());
+  const PreparedTensors kv = prepare(k, v, smoothing, nullptr, current_stream(device));
+  return {kv.key_codes,   kv.key_scales,   kv.key_mean,
+          kv.value_codes, kv.value_scales, kv.value_shift};
+}
+
+Tensor attention_prepared(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
+                          const Tensor& key_mean, const Tensor& value_codes,
+                          const Tensor& value_scales, const Tensor& value_shift, int64_t seqlen_k,
+                          int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
+                          const Text& causal, std::optional<double> scale, const Text& exponential,
+                          const Text& output_order) {
+  return attend_prepared(query,
+                         {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift},
+                         seqlen_k, head_dim_v,
+                         read_request(attn_mask, causal, scale, output_order, false), exponential)
+      .output;
+}
+
+std::tuple<Tensor, Tensor> attention_prepared_with_lse(
+    const Tensor& query, const Tensor& key_codes, const Tensor& key_scales, const Tensor& key_mean,
+    const Tensor& value_codes, const Tensor& value_scales, const Tensor& value_shift,
+    int64_t seqlen_k, int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
+    const Text& causal, std::optional<double> scale, const Text& exponential,
+    const Text& output_order) {
+  const Result result = attend_prepared(
+      query, {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift}, seqlen_k,
+      head_dim_v, read_request(attn_mask, causal, scale, output_order, true), exponential);
+  return {result.output, *result.lse};
+}
+
+}  // namespace torch_sage::cuda

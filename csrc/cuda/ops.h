@@ -1,0 +1,47 @@
+// The ops of torch_sage/ops/schemas.py on GPUs of compute capability 9.0; arguments in the order of
+// the schema.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/text.h"
+
+namespace torch_sage::cuda {
+
+using torch::stable::Tensor;
+
+using Prepared = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+            const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
+            const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+            const Text& exponential, const Text& output_order);
+
+std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                         const Tensor& value,
+                                         const std::optional<Tensor>& attn_mask, const Text& causal,
+                                         std::optional<double> scale, const Text& qk,
+                                         const Text& granularity, const Text& pv,
+                                         const Text& smooth, const Text& exponential,
+                                         const Text& output_order);
+
+Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth);
+
+Tensor attention_prepared(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
+                          const Tensor& key_mean, const Tensor& value_codes,
+                          const Tensor& value_scales, const Tensor& value_shift, int64_t seqlen_k,
+                          int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
+                          const Text& causal, std::optional<double> scale, const Text& exponential,
+                          const Text& output_order);
+
+std::tuple<Tensor, Tensor> attention_prepared_with_lse(
+    const Tensor& query, const Tensor& key_codes, const Tensor& key_scales, const Tensor& key_mean,
+    const Tensor& value_codes, const Tensor& value_scales, const Tensor& value_shift,
+    int64_t seqlen_k, int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
+    const Text& causal, std::optional<double> scale, const Text& exponential,
+    const Text& output_order);
+
+}  // namespace torch_sage::cuda

@@ -1,0 +1,54 @@
+// K and V as Hopper's attention kernel reads them, and the kernel that makes them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/params.h"
+
+namespace torch_sage {
+
+constexpr int kKeyTile = 64;       // keys of one image
+constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) / 2
+constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
+constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
+
+// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64 or 128.
+struct PreparedKv {
+  int seqlen;
+  int width;
+  // Images [64 keys, width] of int8, 16-byte chunks of a row permuted as wgmma's swizzle wants.
+  int8_t* key_codes;
+  float* key_scales;  // [blocks of 128 keys, 4]
+  float* key_mean;    // [head_dim]
+  // Images [width, 64 keys] of E4M3; the 16 keys of a chunk stand in the order in which a thread
+  // holds its scores: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+  uint8_t* value_codes;
+  float* value_scales;  // [groups of 1024 keys, width]; NaN: something in there is not finite
+  float* value_shift;   // the same; added to the dequantized V
+
+  __host__ __device__ int64_t tiles() const {
+    return static_cast<int64_t>(seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;
+  }
+  __host__ __device__ int64_t groups() const {
+    return static_cast<int64_t>(seqlen + kValueGroup - 1) / kValueGroup;
+  }
+};
+
+struct PrepareParams {
+  int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8
+  int key_mean_columns;                    // head_dim before it was padded
+  const void* key;                         // rows aligned to 16 bytes
+  const void* value;
+  Dtype dtype;
+  int64_t key_stride_b, key_stride_h, key_stride_n;
+  int64_t value_stride_b, value_stride_h, value_stride_n;
+  bool smooth_key, smooth_value;
+  PreparedKv kv;
+  int* work_counter;  // set to zero for the attention kernel; may be null
+};
+
+void launch_prepare_kv(const PrepareParams& params, cudaStream_t stream);
+
+}  // namespace torch_sage
