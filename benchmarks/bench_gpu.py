@@ -1,143 +1,171 @@
-"""Speed of the whole op on a GPU, quantization included, against each backend of torch's SDPA.
+"""Speed and error of attention on a GPU: our kernels, torch's backends and the 8-bit peers.
 
-bf16 in, bf16 out, H = 32, B = min(4, 32768 / L); TFLOPS = 4 B H L^2 D / time, causal half; medians.
-``--tiles`` times other tiles of the Triton kernel, too.
+bf16 in, bf16 out, H = 32, B = min(4, 32768 / L); TFLOPS = 4 B H L^2 D / time, causal half. Every
+call is timed on the device, medians; contenders take turns, once forwards and once backwards. A
+cell "kernel/whole" gives the attention kernel on operands that are ready, and the whole op with its
+quantization. Peers that are not installed are named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import statistics
-import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_sage.ops import triton_attention
-from torch_sage.ops.triton_attention import Tile
+from benchmarks import harness
+from benchmarks.gpu import problem, table, timing
+from benchmarks.gpu.contender import Calls, Contender, Unsupported
+from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.problem import Problem
+from benchmarks.gpu.sage import SAGE, TRITON
+from benchmarks.gpu.table import Record
+from benchmarks.gpu.timing import Timing, Turn
 
-BACKENDS = {
-    "fa2": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
-TILES = (
-    Tile(128, 64, 4, 3),
-    Tile(128, 64, 8, 4),
-    Tile(128, 128, 8, 3),
-    Tile(64, 64, 4, 3),
-)
-HEADS = 32
+CONTENDERS: dict[str, Contender] = {**PEERS, **SAGE, **TRITON}
+OURS = (*SAGE, *TRITON)
+JUDGED_HEADS = 2  # whose exact answer is computed
+# More than this on N(0, 1) is a fault, not a format: FP8 with one scale per tensor has .06.
+MOST_ERROR = 0.1
 
 
-def clock() -> str:
-    """Return the SM clock in MHz."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+def present(names: Sequence[str]) -> list[str]:
+    """Return the contenders that can run here, and say why the others cannot."""
+    lacks = {name: CONTENDERS[name].lack() for name in names}
+    for name, lack in lacks.items():
+        if lack is not None:
+            print(f"without {name}: {lack}", flush=True)
+    return [name for name, lack in lacks.items() if lack is None]
 
 
-def median_ms(run: Callable[[], Any], seconds: float) -> float:
-    """Return the median time of ``run`` on the device, L2 cache as the calls leave it."""
-    run()
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    rounds = min(50, max(5, int(seconds * 1e3 / start.elapsed_time(end))))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for before, after in events:
-        before.record()
-        run()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in events)
+def judge(calls: Calls, answer: torch.Tensor) -> float:
+    """Call everything, which also compiles it; return the larger error of kernel and whole op."""
+    outputs = {name: call() for name, call in calls.items()}
+    return max(problem.relative_l1(outputs[n], answer) for n in table.BOTH if n in outputs)
 
 
-def exact(
-    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, is_causal: bool
-) -> Callable[[], Tensor]:
-    """Return a call of torch's SDPA with one backend."""
+def prepare(
+    names: Sequence[str], task: Problem, most_error: float
+) -> tuple[dict[str, Calls], dict[str, float], dict[str, str]]:
+    """Return the calls and errors of the contenders that work, and what is wrong with the rest."""
+    answer = problem.exact(task, JUDGED_HEADS)
+    ready: dict[str, Calls] = {}
+    errors: dict[str, float] = {}
+    problems: dict[str, str] = {}
+    for name in names:
+        try:
+            calls = CONTENDERS[name].calls(task)
+            error = judge(calls, answer)
+        except Unsupported as reason:
+            problems[name] = str(reason)
+        except Exception as failure:  # a contender that fails must not end the run of the others
+            problems[name] = f"{type(failure).__name__}: {str(failure)[:300]}"
+        else:
+            if error <= most_error:
+                ready[name], errors[name] = calls, error
+            else:
+                problems[name] = f"wrong: relative L1 error {error:.3f}"
+    return ready, errors, problems
 
-    def run() -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
-    return run
+def time_all(ready: dict[str, Calls], seconds: float) -> dict[str, dict[str, Timing]]:
+    """Return the times of every call: the contenders in turn, then once more in reverse."""
+    order = [(name, call) for name, calls in ready.items() for call in calls]
+    turns: dict[tuple[str, str], list[Turn]] = {key: [] for key in order}
+    for name, call in (*order, *reversed(order)):
+        turns[name, call].append(timing.turn(ready[name][call], seconds / 2))
+    return {
+        name: {call: timing.summary(turns[name, call]) for call in calls}
+        for name, calls in ready.items()
+    }
 
 
 def measure(
-    length: int, head_dim: int, is_causal: bool, seconds: float, tiles: bool
-) -> dict[str, Any]:
-    """Time every contender on one shape; return milliseconds."""
-    batch = min(4, max(1, 32768 // length))
-    shape = (batch, HEADS, length, head_dim)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    causal = "top_left" if is_causal else "none"
-    record: dict[str, Any] = {"length": length, "head_dim": head_dim, "is_causal": is_causal}
-    record["flops"] = 4 * batch * HEADS * length**2 * head_dim // (2 if is_causal else 1)
-    times = {}
-    for name, backend in BACKENDS.items():
-        times[name] = median_ms(exact(backend, q, k, v, is_causal), seconds)
-    times["default"] = median_ms(
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal), seconds
-    )
-    chosen = triton_attention.tile_for
-    for smooth in ("qk", "k"):
-        times[f"sage {smooth}"] = median_ms(
-            lambda s=smooth: torch.ops.torch_sage.sdpa(q, k, v, None, causal, smooth=s), seconds
-        )
-    if tiles:
-        for tile in TILES:
-            triton_attention.tile_for = lambda *_, t=tile: t
-            try:
-                times[f"sage k {tuple(tile)}"] = median_ms(
-                    lambda: torch.ops.torch_sage.sdpa(q, k, v, None, causal, smooth="k"), seconds
-                )
-            except Exception as error:  # more shared memory than there is
-                times[f"sage k {tuple(tile)}"] = float("nan")
-                record.setdefault("errors", []).append(repr(error)[:200])
-        triton_attention.tile_for = chosen
-    return {**record, "times": times, "clock": clock()}
+    names: Sequence[str],
+    shape: tuple[int, int, int, int],
+    is_causal: bool,
+    seconds: float,
+    other_data: Sequence[str],
+) -> Record:
+    """Judge and time every contender on N(0, 1), judge it on ``other_data``; return one record."""
+    task = problem.make(shape, is_causal, "normal")
+    ready, errors, problems = prepare(names, task, MOST_ERROR)
+    times = time_all(ready, seconds)
+    judged = {"normal": errors}
+    for data in other_data:
+        other = problem.make(shape, is_causal, data)
+        judged[data] = prepare(list(ready), other, float("inf"))[1]
+    batch, _, length, head_dim = shape
+    return {
+        "batch": batch,
+        "length": length,
+        "head_dim": head_dim,
+        "is_causal": is_causal,
+        "flops": task.flops,
+        "contenders": {
+            name: {"problem": problems[name]}
+            if name in problems
+            else {
+                "times": {call: timing._asdict() for call, timing in times[name].items()},
+                "errors": {data: found[name] for data, found in judged.items() if name in found},
+            }
+            for name in names
+        },
+    }
+
+
+def environment() -> dict[str, str | int]:
+    """Return what the numbers depend on."""
+    return {
+        **harness.environment(),
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": str(torch.version.cuda),
+        "cudnn": torch.backends.cudnn.version() or "none",
+    }
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384]
+        "--modes", nargs="+", choices=["full", "causal"], default=["full", "causal"]
     )
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--seconds", type=float, default=0.05)
-    parser.add_argument("--tiles", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument(
+        "--data-lengths", type=int, nargs="*", default=[4096], help="other data, too"
+    )
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=[*PEERS, *SAGE], metavar="NAME"
+    )
+    parser.add_argument("--seconds", type=float, default=0.06, help="time spent on each call")
+    parser.add_argument("--limit", type=float, default=230, help="start no problem after this")
+    parser.add_argument("--json", type=Path, help="write it after every problem")
     arguments = parser.parse_args()
-    records = []
+    start = time.perf_counter()
+    stamp = environment()
+    print(" ".join(f"{name}={value}" for name, value in stamp.items()), flush=True)
+    names = present(arguments.contenders)
+    records: list[Record] = []
+    grid = itertools.product(arguments.head_dims, arguments.modes, arguments.lengths)
     with torch.inference_mode():
-        for head_dim in arguments.head_dims:
-            for is_causal in (False, True):
-                for length in arguments.lengths:
-                    tiles = arguments.tiles and not is_causal and length in (2048, 8192)
-                    record = measure(length, head_dim, is_causal, arguments.seconds, tiles)
-                    records.append(record)
-                    cells = [
-                        f"{name} {ms:.3f} ms {record['flops'] / ms / 1e9:.0f}"
-                        for name, ms in record["times"].items()
-                    ]
-                    kind = "causal" if is_causal else "full"
-                    print(
-                        f"d{head_dim} {kind} {length} [{record['clock']} MHz]",
-                        "  ".join(cells),
-                        flush=True,
-                    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records))
+        for head_dim, mode, length in grid:
+            seconds = time.perf_counter() - start
+            if seconds > arguments.limit:
+                print(f"left out at {seconds:.0f} s: D={head_dim} {mode} L={length}", flush=True)
+                continue
+            shape = (problem.batch_of(length), problem.HEADS, length, head_dim)
+            other_data = list(problem.DATA)[1:] if length in arguments.data_lengths else []
+            records.append(measure(names, shape, mode == "causal", arguments.seconds, other_data))
+            print(table.line(records[-1], OURS), flush=True)
+            if arguments.json:
+                text = json.dumps({"environment": stamp, "records": records}, indent=1)
+                arguments.json.write_text(text + "\n")
+    print(f"{time.perf_counter() - start:.0f} s\n\n{table.tables(records, OURS)}")
 
 
 if __name__ == "__main__":
