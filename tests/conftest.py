@@ -7,6 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torch_sage import _extension, devices
+from torch_sage.ops import gpu
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Judge as on a GPU of compute capability 9.0 whose kernels the library has."""
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("sm90",))
+    monkeypatch.setattr(devices, "capability", lambda index: (9, 0))
+    gpu._lack.cache_clear()
+    yield
+    gpu._lack.cache_clear()
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

@@ -30,13 +30,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judge as on a GPU of capability 9.0 whose kernels the library has."""
-    monkeypatch.setattr(_extension, "cuda_archs", lambda: ("sm90",))
-    monkeypatch.setattr(devices, "capability", lambda index: (9, 0))
-
-
 @pytest.mark.parametrize("row", SUPPORT)
 def test_tables_hold_known_values_only(row: str) -> None:
     support = SUPPORT[row]

@@ -19,6 +19,7 @@ from torch_sage.attention import (
 from torch_sage.config import PRESETS, SageConfig
 from torch_sage.module import apply_, exclude, reset_, sage
 from torch_sage.ops.dispatch import Reason, ReasonCode, why_not
+from torch_sage.prepared import PreparedKV, attention_prepared, prepare_kv
 from torch_sage.reference.attention import AttentionOutput
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ _INDUCTOR_NAMES = (
 __all__ = [
     "PRESETS",
     "AttentionOutput",
+    "PreparedKV",
     "Reason",
     "ReasonCode",
     "SageConfig",
     "__version__",
     "apply_",
     "apply_to_exported",
+    "attention_prepared",
     "attention_with_lse",
     "disable",
     "enable",
@@ -58,6 +61,7 @@ __all__ = [
     "library_path",
     "ops",
     "options",
+    "prepare_kv",
     "report",
     "reset_",
     "sage",

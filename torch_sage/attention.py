@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from torch_sage import ops
 from torch_sage.config import SageConfig, as_config
-from torch_sage.ops.checks import known
+from torch_sage.ops.checks import Size, known
 from torch_sage.ops.dispatch import (
     Reason,
     ReasonCode,
@@ -164,7 +164,7 @@ def attention_with_lse(
         return _exact_with_lse(q, k, v, mask, causal, scale)
     recipe = resolve(config, query.device, query.dtype).op_kwargs()
     output, lse = ops.sdpa_with_lse(
-        q, k, v, mask, causal, scale, output_order=_order(query, value), **recipe
+        q, k, v, mask, causal, scale, output_order=order_of(query, value.shape[3]), **recipe
     )
     if not _keeps_layout(q, v):
         output = _laid_out_like(q, output)
@@ -279,7 +279,7 @@ def _make_plan(
         mask_is_causal=mask is not attn_mask,
         is_matrices=mask is attn_mask and q is query and k is key and v is value,
         causal=causal,
-        recipe={**recipe, "output_order": _order(q, v)},
+        recipe={**recipe, "output_order": order_of(q, v.shape[3])},
         keeps_layout=_keeps_layout(q, v),
     )
 
@@ -297,9 +297,9 @@ def _announce(reasons: tuple[Reason, ...], config: SageConfig) -> None:
     warnings.warn(f"{message}. Exact SDPA runs instead.", stacklevel=3)
 
 
-def _order(query: Tensor, value: Tensor) -> str:
+def order_of(query: Tensor, head_dim_v: Size) -> str:
     """Return the memory order of SDPA's result among those the op can write."""
-    if not _follows_query(query, value):
+    if not _follows_query(query, head_dim_v):
         return "bhsd"
     _, h, n, _ = query.stride()
     return "bshd" if known(0 < h) and known(h < n) and known(query.shape[1] != 1) else "bhsd"
@@ -307,20 +307,20 @@ def _order(query: Tensor, value: Tensor) -> str:
 
 def _keeps_layout(query: Tensor, value: Tensor) -> bool:
     """Return whether the op can write the result in SDPA's memory order itself."""
-    if not _follows_query(query, value) or known(query.shape[0] == 1):
+    if not _follows_query(query, value.shape[3]) or known(query.shape[0] == 1):
         return True
     b, h, n, _ = query.stride()
     outermost = [stride for stride, size in ((h, query.shape[1]), (n, query.shape[2])) if size != 1]
     return known(b == 0) or not any(known(b < stride) for stride in outermost)
 
 
-def _follows_query(query: Tensor, value: Tensor) -> bool:
+def _follows_query(query: Tensor, head_dim_v: Size) -> bool:
     """Return whether SDPA's result has the query's memory order; else it is contiguous.
 
     So do torch's fused kernels; its math path, which takes a last dimension with gaps and another
     head_dim of value, does not.
     """
-    return known(query.stride(3) == 1) and not known(query.shape[3] != value.shape[3])
+    return known(query.stride(3) == 1) and not known(query.shape[3] != head_dim_v)
 
 
 def _laid_out_like(query: Tensor, output: Tensor) -> Tensor:

@@ -13,10 +13,20 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.inductor.graphs import ALWAYS, FOR_CPU, SDPA, captured_graphs, count, reasons, structure
+from tests.inductor.graphs import (
+    ALWAYS,
+    FOR_CPU,
+    SDPA,
+    captured_graphs,
+    count,
+    reasons,
+    records,
+    structure,
+)
 from tests.inductor.joint import REL_L1
 from tests.numerics import relative_l1
 from torch_sage.inductor.passes import Always, PostPass, PrePass
+from torch_sage.recipes import SUPPORT
 
 aten = torch.ops.aten
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -278,6 +288,17 @@ def test_another_device_is_a_reason():
     PostPass(Always(ALWAYS))(gm.graph)
     assert structure(gm.graph) == before
     assert reasons([gm]) == [["device_unsupported"]]
+
+
+def test_the_recipe_is_that_of_the_gpu(hopper):
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 32, 64, device="cuda", dtype=torch.float16)
+        gm = make_fx(lambda q: aten._scaled_dot_product_flash_attention(q, q, q)[0])(q)
+    PostPass(Always(ALWAYS))(gm.graph)
+    default = SUPPORT["cuda.sm90"].default
+    kwargs = call(gm).kwargs
+    assert {name: kwargs[name] for name in default.op_kwargs()} == default.op_kwargs()
+    assert [record.recipe for record in records([gm])] == [default.name]
 
 
 def test_below_the_crossover_sdpa_stays():

@@ -36,7 +36,9 @@ __all__ = [
     "Reason",
     "ReasonCode",
     "as_matrices",
+    "bias_problems",
     "causal_of",
+    "causal_problems",
     "device_reasons",
     "is_plain",
     "validate",
@@ -163,18 +165,31 @@ def _causal_problems(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, causal: str | None
 ) -> list[str]:
     """Return how ``is_causal``, ``causal`` and a causal bias exclude each other."""
+    problems = causal_problems(attn_mask, is_causal, causal)
+    if _causal_bias(attn_mask) is not None:
+        problems += bias_problems(attn_mask, query.shape[-2], key.shape[-2])
+    return problems
+
+
+def causal_problems(attn_mask: Tensor | None, is_causal: bool, causal: str | None) -> list[str]:
+    """Return which of ``is_causal``, ``causal`` and a causal bias are asked for together."""
     problems = []
     if is_causal and causal is not None:
         problems.append(f"is_causal must be False when causal is given, got causal={causal!r}")
+    if _causal_bias(attn_mask) is not None and (is_causal or causal not in (None, "none")):
+        problems.append("attn_mask must not be a CausalBias when causal is asked for, got one")
+    return problems
+
+
+def bias_problems(attn_mask: Tensor | None, seqlen_q: Size, seqlen_k: Size) -> list[str]:
+    """Return why ``attn_mask``, if it is a causal bias, is one of other sizes."""
     bias = _causal_bias(attn_mask)
     if bias is None:
-        return problems
-    if is_causal or causal not in (None, "none"):
-        problems.append("attn_mask must not be a CausalBias when causal is asked for, got one")
-    got, expected = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
+        return []
+    got, expected = (bias.seq_len_q, bias.seq_len_kv), (seqlen_q, seqlen_k)
     if known(got[0] != expected[0]) or known(got[1] != expected[1]):
-        problems.append(f"attn_mask must be a CausalBias of {expected}, got one of {got}")
-    return problems
+        return [f"attn_mask must be a CausalBias of {expected}, got one of {got}"]
+    return []
 
 
 def as_matrices(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

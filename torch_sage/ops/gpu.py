@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from torch_sage import _extension
-from torch_sage.devices import asked_while_tracing, capability, dotted
+from torch_sage import _extension, devices
+from torch_sage.devices import asked_while_tracing, dotted
 from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, WHOLE
 
 # Ampere: Triton compiles INT8 products to tensor cores from there on; for Turing (7.5) it has had
@@ -32,7 +32,7 @@ def _lack(index: int | None, row: str) -> str | None:
         return "triton must be installed for attention on cuda"
     if torch.version.hip is not None:
         return "query must be on an NVIDIA GPU: the kernels never ran on another"
-    got = capability(index)
+    got = devices.capability(index)
     if got is None:
         return "query must be on a GPU that torch can use, got none"
     if got < LEAST_CAPABILITY:

@@ -65,13 +65,13 @@ DEFINITIONS: dict[str, str] = {
     ),
     "attention_prepared": (
         "(Tensor query, Tensor key_codes, Tensor key_scales, Tensor key_mean,"
-        " Tensor value_codes, Tensor value_scales, Tensor value_shift, int seqlen_k,"
+        " Tensor value_codes, Tensor value_scales, Tensor value_shift, SymInt seqlen_k,"
         f" int head_dim_v, {_SEMANTICS}, *, str exponential='mixed',"
         " str output_order='bhsd') -> Tensor"
     ),
     "attention_prepared_with_lse": (
         "(Tensor query, Tensor key_codes, Tensor key_scales, Tensor key_mean,"
-        " Tensor value_codes, Tensor value_scales, Tensor value_shift, int seqlen_k,"
+        " Tensor value_codes, Tensor value_scales, Tensor value_shift, SymInt seqlen_k,"
         f" int head_dim_v, {_SEMANTICS}, *, str exponential='mixed',"
         " str output_order='bhsd') -> (Tensor output, Tensor lse)"
     ),
@@ -231,7 +231,7 @@ def attention_prepared(
     value_codes: Tensor,
     value_scales: Tensor,
     value_shift: Tensor,
-    seqlen_k: int,
+    seqlen_k: Size,
     head_dim_v: int,
     attn_mask: Tensor | None = None,
     causal: str = "none",

@@ -1,0 +1,192 @@
+"""Which kernels CUDA tensors meet: who registers what, what a GPU must have, which row it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import torch_sage
+from tests.csrc.isas import run_python
+from torch_sage import SageConfig, crossover, devices, ops
+from torch_sage.crossover import Crossover, Rule
+from torch_sage.distributed.call import accept
+from torch_sage.ops import gpu
+from torch_sage.ops.dispatch import why_not
+from torch_sage.recipes import SUPPORT
+
+ALWAYS = SageConfig(dispatch="always")
+PARTS = {"quantize_query", "quantize_key", "quantize_value", "attention", "attention_with_lse"}
+
+# The module that tells what the library was built for, put in its place before the package's own.
+PRETEND = """
+import importlib.util, sys, torch
+from pathlib import Path
+package = Path(importlib.util.find_spec("torch_sage").origin).parent
+spec = importlib.util.spec_from_file_location("torch_sage._extension", package / "_extension.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules["torch_sage._extension"] = module
+spec.loader.exec_module(module)
+module.cuda_archs = lambda: {archs}
+from torch_sage.ops.schemas import LIBRARY
+ours = sorted(name.split("/")[1] for name in LIBRARY._op_impls if name.endswith("/CUDA"))
+print(*ours)
+print(*(hasattr(torch.ops.torch_sage, name) for name in ("triton_sdpa", "triton_sdpa_with_lse")))
+if {archs}:
+    for name in ("sdpa", "sdpa_with_lse"):
+        schema = str(getattr(torch.ops.torch_sage, name).default._schema)
+        private = str(getattr(torch.ops.torch_sage, "triton_" + name).default._schema)
+        assert private == schema.replace("::", "::triton_"), private
+"""
+
+
+@pytest.mark.parametrize("archs", [(), ("sm90",)], ids=["without", "with"])
+def test_the_whole_op_on_cuda_is_the_librarys_where_it_has_kernels(archs: tuple[str, ...]) -> None:
+    done = run_python("-c", PRETEND.format(archs=archs))
+    assert done.returncode == 0, done.stderr
+    ours, private = done.stdout.splitlines()
+    whole = {"triton_sdpa", "triton_sdpa_with_lse"} if archs else {"sdpa", "sdpa_with_lse"}
+    assert set(ours.split()) == PARTS | whole
+    assert private == f"{bool(archs)} {bool(archs)}"
+
+
+@pytest.mark.parametrize("name", ["sdpa", "sdpa_with_lse"])
+def test_the_kernel_gets_every_argument_of_the_schema(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatcher leaves out trailing arguments that have their default."""
+    triton_ops = pytest.importorskip("torch_sage.ops.triton_ops", reason="needs triton")
+    monkeypatch.setattr(triton_ops, name, lambda **arguments: arguments)
+    schema = getattr(ops, name)._schema
+    q, k, v = torch.zeros(3, 1)
+    found = gpu._kernel(name)(q, k, v, None, "top_left", exponential="mixed")
+    assert list(found) != [] and set(found) == {argument.name for argument in schema.arguments}
+    assert found["causal"] == "top_left" and found["exponential"] == "mixed"
+    assert found["granularity"] == "token" and found["output_order"] == "bhsd"
+
+
+def fakes(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    with FakeTensorMode():
+        q, k, v = torch.empty(3, 2, 4, 256, 64, dtype=dtype, device="cuda").unbind()
+    return q, k, v
+
+
+def codes(config: SageConfig) -> list[str]:
+    return [reason.code for reason in why_not(*fakes(), config=config)]
+
+
+def test_triton_is_asked_for_only_where_it_runs(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = ALWAYS.with_options(pv="half")
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    assert codes(ALWAYS) == codes(half) == []
+    gpu._lack.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert codes(ALWAYS) == []
+    (reason,) = why_not(*fakes(), config=half)
+    assert reason.code == "device_unsupported"
+    assert reason.message == "triton must be installed for attention on cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [
+        (None, "query must be on a GPU that torch can use, got none"),
+        ((7, 5), "query must be on a GPU of compute capability 8.0 or more, got 7.5"),
+        ((8, 0), None),
+        ((12, 0), None),
+    ],
+)
+def test_what_a_gpu_must_have(
+    capability: Any, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(devices, "capability", lambda index: capability)
+    assert gpu._lack.__wrapped__(0, "cuda") == message
+
+
+def test_refusals_name_the_values_of_every_row(hopper: None) -> None:
+    (reason,) = why_not(*fakes(), config=ALWAYS.with_options(pv="e4m3"))
+    assert reason.code == "recipe_unsupported"
+    assert reason.message == (
+        "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'e4m3', or "
+        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3'"
+    )
+    config = ALWAYS.with_options(pv="e4m3_fp16", granularity="block")
+    (reason,) = why_not(*fakes(), config=config)
+    assert reason.message == (
+        "granularity must be one of ['token_thread'] on cuda.sm90, got 'block', or "
+        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'"
+    )
+
+
+def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    always, never = Crossover(0, 0), Crossover(0, float("inf"))
+    rule = Rule(full=never, causal=always)
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", rule)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    q, k, v = fakes()
+    assert [r.code for r in why_not(q, k, v)] == ["below_crossover"]
+    assert why_not(q, k, v, is_causal=True) == ()
+    assert why_not(q, k, v, causal="bottom_right") == ()
+    half = SageConfig(pv="half")  # by Triton, which has a rule of its own
+    assert [r.code for r in why_not(q, k, v, is_causal=True, config=half)] == ["below_crossover"]
+
+
+def test_calls_take_the_recipe_of_the_gpu(hopper: None) -> None:
+    """On fake tensors, as when a model for a GPU is traced."""
+    seen: list[dict[str, Any]] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            if func in (ops.sdpa, ops.sdpa_with_lse):
+                seen.append(kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = fakes()
+    with q.fake_mode, Watch():
+        output = torch_sage.scaled_dot_product_attention(q, k, v, config=ALWAYS)
+        torch_sage.attention_with_lse(q, k, v, config=ALWAYS.with_options(exponential="exact"))
+        torch_sage.attention_with_lse(q, k, v, config=ALWAYS.with_options(smooth_q=True))
+    assert output.shape == q.shape and output.device == q.device
+    defaults = {a.name: a.default_value for a in ops.sdpa._schema.arguments}
+    names = SUPPORT["cuda"].default.op_kwargs()
+    found = [{name: kwargs.get(name, defaults[name]) for name in names} for kwargs in seen]
+    own, triton = (SUPPORT[row].default.op_kwargs() for row in ("cuda.sm90", "cuda"))
+    assert found == [own, {**own, "exponential": "exact"}, triton]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_dynamo_asks_which_gpu_it_is(hopper: None, strict: bool) -> None:
+    """The question is put while tracing; its answer is the graph's."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return torch_sage.scaled_dot_product_attention(query, key, value, config=ALWAYS)
+
+    q, k, v = fakes()
+    with q.fake_mode, torch.no_grad():
+        graph = torch.export.export(Attention(), (q, k, v), strict=strict).graph
+    (node,) = (node for node in graph.nodes if node.target is ops.sdpa)
+    assert node.kwargs["pv"] == "e4m3_fp16" and node.kwargs["exponential"] == "mixed"
+
+
+def test_attention_in_parts_takes_the_row_that_has_parts(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ring attention quantizes K and V by ops that the kernels for 9.0 have no part in."""
+    semantics: dict[str, Any] = {"is_causal": False, "scale": None, "enable_gqa": False}
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    recipe = accept(*fakes(), **semantics, config=None)
+    assert recipe.name == "int8.token/bf16/smooth-k"
+    assert accept(*fakes(torch.float16), **semantics, config=None).pv == "fp16"
+    with pytest.raises(NotImplementedError, match=r"^pv must be one of \['bf16', 'fp16'\] on cuda"):
+        accept(*fakes(), **semantics, config=SageConfig(pv="e4m3_fp16"))
+    gpu._lack.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="triton must be installed"):
+        accept(*fakes(), **semantics, config=None)

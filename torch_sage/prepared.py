@@ -1,0 +1,133 @@
+"""Keys and values that are quantized once and attended to many times."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from torch_sage import ops
+from torch_sage.attention import order_of
+from torch_sage.config import SageConfig, as_config
+from torch_sage.devices import lack_of_sm90
+from torch_sage.ops.checks import recipe_problems
+from torch_sage.ops.dispatch import bias_problems, causal_of, causal_problems
+from torch_sage.recipes import PREPARED, Recipe, resolve_in
+
+
+class PreparedKV(NamedTuple):
+    """Keys and values as the kernels read them; what ``prepare_kv`` returns.
+
+    The tensors may be moved, stored, and indexed along batch and heads; how codes and scales lie
+    inside one head is the kernels' own business, and may change between versions.
+    """
+
+    key_codes: Tensor
+    key_scales: Tensor
+    key_mean: Tensor
+    value_codes: Tensor
+    value_scales: Tensor
+    value_shift: Tensor
+    seqlen_k: int
+    head_dim_v: int
+
+
+def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = None) -> PreparedKV:
+    """Quantize keys and values for any number of calls of ``attention_prepared``.
+
+    Cross attention to a text, or to a prefix that many requests share, then costs the attention
+    alone: in every other call K and V are read and quantized anew. Inference only.
+
+    Args:
+        key: [B, Hkv, M, D]; float32, bfloat16 or float16; any strides.
+        value: [B, Hkv, M, Dv] in the dtype of key.
+        config: how to smooth; None means the default recipe of the device.
+
+    Raises:
+        TypeError: if key or value is not a tensor.
+        ValueError: if the arguments contradict each other.
+        NotImplementedError: if the device has no such kernel, or not for ``config``: today a GPU of
+            compute capability 9.0 has, with a library that was built for it.
+        RuntimeError: if key or value wants a gradient.
+    """
+    _require_tensors(key=key, value=value)
+    recipe = _recipe("key", key, config)
+    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    operands = ops.prepare_kv(key, value, smooth=recipe.smooth)
+    return PreparedKV(*operands, key.shape[2], value.shape[3])
+
+
+def attention_prepared(
+    query: Tensor,
+    prepared: PreparedKV,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    causal: str | None = None,
+    config: SageConfig | str | None = None,
+) -> Tensor:
+    """Compute softmax(query key^T * scale + mask) value with prepared keys and values.
+
+    The result is that of ``scaled_dot_product_attention`` with the same recipe. Nothing falls back
+    to exact attention: the keys are not there any more.
+
+    Args:
+        query: [B, Hq, N, D], Hq a multiple of Hkv; float32, bfloat16 or float16; any strides.
+        prepared: what ``prepare_kv`` returned.
+        attn_mask: broadcasts to [B, Hq, N, M]; bool (True = attend), a float added to the scores,
+            or a ``torch.nn.attention.bias.CausalBias``.
+        is_causal: key m is visible to query n iff m <= n (top left, as in torch).
+        scale: of the scores; None means 1 / sqrt(D).
+        causal: "none", "top_left" or "bottom_right" (m <= n + M - N, as with a KV cache), in place
+            of ``is_causal``.
+        config: how to compute; None means the default recipe of the device.
+
+    Returns:
+        [B, Hq, N, Dv] in the dtype of query, and in its memory order where heads or tokens come
+        first in a batch entry.
+
+    Raises:
+        TypeError: if query or attn_mask is not a tensor, or prepared no ``PreparedKV``.
+        ValueError: if the arguments contradict each other.
+        NotImplementedError: as for ``prepare_kv``.
+        RuntimeError: if query or attn_mask wants a gradient.
+    """
+    _require_tensors(query=query, **({} if attn_mask is None else {"attn_mask": attn_mask}))
+    if not isinstance(prepared, PreparedKV):
+        raise TypeError(f"prepared must be a PreparedKV, got {type(prepared).__name__}")
+    recipe = _recipe("query", query, config)
+    if query.dim() != 4:
+        raise ValueError(f"query must be 4-D, got {list(query.shape)}")
+    problems = causal_problems(attn_mask, is_causal, causal)
+    problems += bias_problems(attn_mask, query.shape[2], prepared.seqlen_k)
+    if problems:
+        raise ValueError("; ".join(problems))
+    mask, alignment = causal_of(attn_mask, is_causal, causal)
+    output: Tensor = ops.attention_prepared(
+        query,
+        *prepared,
+        mask,
+        alignment,
+        scale,
+        exponential=recipe.exponential,
+        output_order=order_of(query, prepared.head_dim_v),
+    )
+    return output
+
+
+def _require_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def _recipe(name: str, operand: Tensor, config: SageConfig | str | None) -> Recipe:
+    """Return the recipe to compute with on the device of ``operand``, which is ``name``."""
+    config = as_config(config)
+    if lack := lack_of_sm90(name, operand.device):
+        raise NotImplementedError(lack)
+    recipe = resolve_in(PREPARED, config, operand.dtype)
+    if problems := recipe_problems({PREPARED: recipe.op_kwargs()}):
+        raise NotImplementedError("; ".join(problems))
+    return recipe
