@@ -18,7 +18,7 @@ NATIVE := $(VENV)/native.stamp
 SOURCES := setup.py $(shell find csrc -type f) torch_sage/ops/schemas.py torch_sage/ops/exact.py
 
 .DELETE_ON_ERROR:
-.PHONY: all env test demo lint bench wheel clean distclean
+.PHONY: all env test test-gpu demo lint bench wheel clean distclean
 
 all: test
 
@@ -26,6 +26,10 @@ env: $(NATIVE)
 
 test: env
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a machine with a GPU; plain `make test` does not collect these.
+test-gpu: env
+	$(BIN)/python -m pytest -n 8 tests/gpu $(PYTEST_ARGS)
 
 demo: env
 	$(BIN)/python -m torch_sage demo $(DEMO_ARGS)

@@ -2,7 +2,7 @@
 
 Triton's interpreter runs them on CPU tensors, if TRITON_INTERPRET=1 was set when triton was
 imported: test_triton.py starts a process of its own for this file. P and V are fp16 here, as the
-interpreter cannot multiply bf16; on_gpu.py runs the same cases with both.
+interpreter cannot multiply bf16; tests/gpu/test_triton.py runs the same cases with both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch_sage import recipes, reference
 from torch_sage.ops import triton_ops
 
 GRANULARITIES = recipes.SUPPORT["cuda"].granularity
-# The interpreter takes a quarter of a second each; on_gpu.py runs all of them.
+# The interpreter takes a quarter of a second each; tests/gpu/test_triton.py runs all of them.
 SOME_CASES = [c for c in (*CASES, *EMPTY_CASES) if c.granularity in GRANULARITIES][::2]
 
 

@@ -1,7 +1,4 @@
-"""The ops on a GPU: ``python -m pytest -n 8 tests/triton/on_gpu.py`` on a machine that has one.
-
-Not collected elsewhere: CI has no GPU, and a skip would read as a pass.
-"""
+"""The ops on a GPU, by the Triton kernels."""
 
 from __future__ import annotations
 
