@@ -1,7 +1,7 @@
 #include "attention/request.h"
 
-#include <torch/csrc/stable/ops.h>
-
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "common/check.h"
@@ -76,8 +76,10 @@ Tensor new_output(const FloatOperand& query, int64_t head_dim_v, OutputOrder ord
   const Device device = q.tensor.device();
   if (order == OutputOrder::kBhsd)
     return new_tensor({q.batch, q.heads, q.rows, head_dim_v}, dtype, device);
-  return torch::stable::transpose(new_tensor({q.batch, q.rows, q.heads, head_dim_v}, dtype, device),
-                                  1, 2);
+  const int64_t rows = std::max<int64_t>(q.rows, 1), heads = std::max<int64_t>(q.heads, 1);
+  const std::array<int64_t, 4> strides = {rows * heads * head_dim_v, head_dim_v, heads * head_dim_v,
+                                          1};
+  return new_strided({q.batch, q.heads, q.rows, head_dim_v}, strides.data(), dtype, device);
 }
 
 }  // namespace torch_sage

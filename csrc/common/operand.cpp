@@ -22,6 +22,22 @@ int32_t dtype_of(const Tensor& tensor) {
   return dtype;
 }
 
+// The other way round, for the dtypes that the ops allocate.
+int32_t number_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Char:
+      return aoti_torch_dtype_int8();
+    default:
+      return aoti_torch_dtype_uint8();
+  }
+}
+
 template <typename Allocate>
 Tensor or_bad_alloc(const Allocate& allocate) {
   try {
@@ -112,10 +128,29 @@ std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << (shape.sizes.empty() ? "[]" : "]");
 }
 
-Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Device& device) {
-  const auto allocate = [&] { return torch::stable::empty(sizes, dtype, std::nullopt, device); };
+Tensor new_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype,
+                   const Device& device) {
+  // Not torch::stable::empty, whose way through the dispatcher takes several times as long.
+  const auto allocate = [&] {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides, number_of(dtype),
+        device.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+        device.index(), &handle));
+    return Tensor(handle);
+  };
   // A GPU's allocator says how much memory is missing.
   return device.is_cpu() ? or_bad_alloc(allocate) : allocate();
+}
+
+Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Device& device) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  return new_strided(sizes, strides.data(), dtype, device);
 }
 
 Tensor make_contiguous(const Tensor& tensor) {

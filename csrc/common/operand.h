@@ -27,10 +27,13 @@ std::ostream& operator<<(std::ostream& out, const Shape& shape);
 using torch::stable::Device;
 inline const Device kCpu{torch::headeronly::DeviceType::CPU};
 
-// An uninitialised tensor, and a contiguous one with the elements of another. Both throw bad_alloc
-// where torch cannot allocate on the CPU: its C interface of 2.11 says only that a call failed.
+// An uninitialised tensor of up to 4 dimensions, and a contiguous one with the elements of another.
+// Both throw bad_alloc where torch cannot allocate on the CPU: its C interface of 2.11 says only
+// that a call failed.
 torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes,
                                  torch::headeronly::ScalarType dtype, const Device& device = kCpu);
+torch::stable::Tensor new_strided(std::initializer_list<int64_t> sizes, const int64_t* strides,
+                                  torch::headeronly::ScalarType dtype, const Device& device);
 torch::stable::Tensor make_contiguous(const torch::stable::Tensor& tensor);
 
 // What every tensor argument must be: on the device, with all its elements inside its storage.

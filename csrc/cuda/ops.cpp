@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
+#include <algorithm>
+#include <array>
 #include <limits>
+#include <utility>
 
 #include "attention/request.h"
 #include "attention/sm90/params.h"
@@ -35,6 +37,10 @@ void check_rows(const char* name, int64_t rows) {
   check(rows <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ", rows);
 }
 
+Tensor new_bytes(int64_t bytes, const Device& device) {
+  return new_tensor({bytes}, ScalarType::Byte, device);
+}
+
 // The same rows where vector loads of 8 elements can read them; a zero-padded copy where not.
 FloatOperand vectorized(const FloatOperand& x) {
   const int64_t per_load = 16 / x.element_bytes;
@@ -58,53 +64,30 @@ FloatOperand vectorized(const FloatOperand& x) {
   return copy;
 }
 
-// K and V in the kernels' layout; `view` points into the tensors.
-struct PreparedTensors {
-  Tensor key_codes, key_scales, key_mean, value_codes, value_scales, value_shift;
+// K and V in the kernels' layout, pointing into tensors that somebody keeps.
+struct KeysAndValues {
   int64_t heads, head_dim, head_dim_v;
   PreparedKv view;
+
+  KeysAndValues(int64_t heads, int64_t seqlen, int64_t head_dim, int64_t head_dim_v)
+      : heads(heads), head_dim(head_dim), head_dim_v(head_dim_v), view{} {
+    view.seqlen = static_cast<int>(seqlen);
+    view.width = static_cast<int>(width_of(head_dim, head_dim_v));
+  }
+
+  // Sizes of the six tensors behind [batch, heads].
+  std::array<int64_t, 2> codes() const { return {view.tiles(), kKeyTile * view.width}; }
+  std::array<int64_t, 2> key_scales() const { return {view.tiles() / 2, 4}; }
+  std::array<int64_t, 2> value_scales() const { return {view.groups(), view.width}; }
 };
 
-PreparedTensors allocate_prepared(int64_t batch, int64_t heads, int64_t seqlen, int64_t head_dim,
-                                  int64_t head_dim_v, const Device& device) {
-  const int64_t width = width_of(head_dim, head_dim_v);
-  PreparedKv view{};
-  view.seqlen = static_cast<int>(seqlen);
-  view.width = static_cast<int>(width);
-  const int64_t tiles = view.tiles(), groups = view.groups();
-  const auto fp32 = [&](std::initializer_list<int64_t> sizes) {
-    return new_tensor(sizes, ScalarType::Float, device);
-  };
-  PreparedTensors kv{new_tensor({batch, heads, tiles, kKeyTile * width}, ScalarType::Char, device),
-                     fp32({batch, heads, tiles / 2, 4}),
-                     fp32({batch, heads, head_dim}),
-                     new_tensor({batch, heads, tiles, kKeyTile * width}, ScalarType::Byte, device),
-                     fp32({batch, heads, groups, width}),
-                     fp32({batch, heads, groups, width}),
-                     heads,
-                     head_dim,
-                     head_dim_v,
-                     view};
-  kv.view.key_codes = static_cast<int8_t*>(kv.key_codes.mutable_data_ptr());
-  kv.view.key_scales = static_cast<float*>(kv.key_scales.mutable_data_ptr());
-  kv.view.key_mean = static_cast<float*>(kv.key_mean.mutable_data_ptr());
-  kv.view.value_codes = static_cast<uint8_t*>(kv.value_codes.mutable_data_ptr());
-  kv.view.value_scales = static_cast<float*>(kv.value_scales.mutable_data_ptr());
-  kv.view.value_shift = static_cast<float*>(kv.value_shift.mutable_data_ptr());
-  return kv;
-}
+int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
 
-PreparedTensors prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
-                        int* work_counter, cudaStream_t stream) {
+void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
+             const KeysAndValues& kv, int* work_counter, cudaStream_t stream) {
   check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
   check_rows("key", key.rows);
-  const Device device = key.tensor.device();
-  PreparedTensors kv =
-      allocate_prepared(key.batch, key.heads, key.rows, key.columns, value.columns, device);
-  if (key.batch == 0 || key.heads == 0 || key.rows == 0) {
-    torch::stable::zero_(kv.key_mean);
-    return kv;
-  }
+  if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
   PrepareParams params{};
   params.batch = static_cast<int>(k.batch);
@@ -126,10 +109,9 @@ PreparedTensors prepare(const FloatOperand& key, const FloatOperand& value, Smoo
   params.kv = kv.view;
   params.work_counter = work_counter;
   launch_prepare_kv(params, stream);
-  return kv;
 }
 
-Result attend(const FloatOperand& query, const PreparedTensors& kv, const Request& request,
+Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request& request,
               bool exact_exponential, int* work_counter, bool follows_prepare, int device,
               cudaStream_t stream) {
   check_rows("query", query.rows);
@@ -198,12 +180,40 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto [q, k, v] = read_operands(query, key, value, query.device());
+  check_rows("key", k.rows);
+  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns);
+  // One allocation for all that only the two kernels share.
+  const int64_t per_batch = k.batch * k.heads;
+  const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+  const int64_t codes = aligned(per_batch * count(kv.codes()));
+  const int64_t key_scales = aligned(per_batch * count(kv.key_scales()) * 4);
+  const int64_t key_mean = aligned(per_batch * k.columns * 4);
+  const int64_t value_scales = aligned(per_batch * count(kv.value_scales()) * 4);
+  const Tensor workspace =
+      new_bytes(2 * codes + key_scales + key_mean + 2 * value_scales + 256, query.device());
+  auto* at = static_cast<std::byte*>(workspace.mutable_data_ptr());
+  const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
+  kv.view.key_codes = reinterpret_cast<int8_t*>(take(codes));
+  kv.view.value_codes = reinterpret_cast<uint8_t*>(take(codes));
+  kv.view.key_scales = reinterpret_cast<float*>(take(key_scales));
+  kv.view.key_mean = reinterpret_cast<float*>(take(key_mean));
+  kv.view.value_scales = reinterpret_cast<float*>(take(value_scales));
+  kv.view.value_shift = reinterpret_cast<float*>(take(value_scales));
   // Zeroed by the pre-pass, counted up by the attention kernel.
-  const Tensor counter = new_tensor({1}, ScalarType::Int, query.device());
-  int* work_counter =
-      request.causal == Causal::kNone ? nullptr : static_cast<int*>(counter.mutable_data_ptr());
-  const PreparedTensors kv = prepare(k, v, smoothing, work_counter, stream);
+  int* work_counter = request.causal == Causal::kNone ? nullptr : reinterpret_cast<int*>(take(256));
+  prepare(k, v, smoothing, kv, work_counter, stream);
   return attend(q, kv, request, exact, work_counter, true, device, stream);
+}
+
+// The addresses of prepared tensors, whose shapes are right.
+void point_to(const Prepared& tensors, PreparedKv& view) {
+  const auto& [key_codes, key_scales, key_mean, value_codes, value_scales, value_shift] = tensors;
+  view.key_codes = static_cast<int8_t*>(key_codes.mutable_data_ptr());
+  view.key_scales = static_cast<float*>(key_scales.mutable_data_ptr());
+  view.key_mean = static_cast<float*>(key_mean.mutable_data_ptr());
+  view.value_codes = static_cast<uint8_t*>(value_codes.mutable_data_ptr());
+  view.value_scales = static_cast<float*>(value_scales.mutable_data_ptr());
+  view.value_shift = static_cast<float*>(value_shift.mutable_data_ptr());
 }
 
 Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seqlen_k,
@@ -221,32 +231,22 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
   const auto& [key_codes, key_scales, key_mean, value_codes, value_scales, value_shift] = tensors;
   check(key_codes.defined() && key_codes.dim() == 4,
         "key_codes must be 4-D [batch, heads, tiles, bytes]");
-  const int64_t heads = key_codes.size(1), width = width_of(q.columns, head_dim_v);
+  const int64_t heads = key_codes.size(1);
   check_heads(q.heads, heads, "key_codes");
-  PreparedKv view{};
-  view.seqlen = static_cast<int>(seqlen_k);
-  view.width = static_cast<int>(width);
-  const int64_t tiles = view.tiles(), groups = view.groups();
+  KeysAndValues kv(heads, seqlen_k, q.columns, head_dim_v);
+  const auto read = [&](const char* name, const Tensor& tensor, int32_t dtype,
+                        const std::array<int64_t, 2>& sizes) {
+    return read_exact(name, tensor, dtype, {q.batch, heads, sizes[0], sizes[1]}, device);
+  };
   const int32_t fp32 = aoti_torch_dtype_float32();
-  PreparedTensors kv{
-      read_exact("key_codes", key_codes, aoti_torch_dtype_int8(),
-                 {q.batch, heads, tiles, kKeyTile * width}, device),
-      read_exact("key_scales", key_scales, fp32, {q.batch, heads, tiles / 2, 4}, device),
+  const Prepared checked{
+      read("key_codes", key_codes, aoti_torch_dtype_int8(), kv.codes()),
+      read("key_scales", key_scales, fp32, kv.key_scales()),
       read_exact("key_mean", key_mean, fp32, {q.batch, heads, q.columns}, device),
-      read_exact("value_codes", value_codes, aoti_torch_dtype_uint8(),
-                 {q.batch, heads, tiles, kKeyTile * width}, device),
-      read_exact("value_scales", value_scales, fp32, {q.batch, heads, groups, width}, device),
-      read_exact("value_shift", value_shift, fp32, {q.batch, heads, groups, width}, device),
-      heads,
-      q.columns,
-      head_dim_v,
-      view};
-  kv.view.key_codes = static_cast<int8_t*>(kv.key_codes.mutable_data_ptr());
-  kv.view.key_scales = static_cast<float*>(kv.key_scales.mutable_data_ptr());
-  kv.view.key_mean = static_cast<float*>(kv.key_mean.mutable_data_ptr());
-  kv.view.value_codes = static_cast<uint8_t*>(kv.value_codes.mutable_data_ptr());
-  kv.view.value_scales = static_cast<float*>(kv.value_scales.mutable_data_ptr());
-  kv.view.value_shift = static_cast<float*>(kv.value_shift.mutable_data_ptr());
+      read("value_codes", value_codes, aoti_torch_dtype_uint8(), kv.codes()),
+      read("value_scales", value_scales, fp32, kv.value_scales()),
+      read("value_shift", value_shift, fp32, kv.value_scales())};
+  point_to(checked, kv.view);
   return attend(q, kv, request, exact, nullptr, false, index, stream);
 }
 
@@ -279,11 +279,26 @@ Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) 
   const int device = key.get_device_index();
   check_hopper(device);
   const DeviceGuard guard(device);
-  // A query of the same shape would pass: what must agree between key and value is checked.
+  // Key stands in for a query: what key and value must have in common is checked.
   const auto [q, k, v] = read_operands(key, key, value, key.device());
-  const PreparedTensors kv = prepare(k, v, smoothing, nullptr, current_stream(device));
-  return {kv.key_codes,   kv.key_scales,   kv.key_mean,
-          kv.value_codes, kv.value_scales, kv.value_shift};
+  check_rows("key", k.rows);
+  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns);
+  const auto make = [&](const std::array<int64_t, 2>& sizes, ScalarType dtype) {
+    return new_tensor({k.batch, k.heads, sizes[0], sizes[1]}, dtype, key.device());
+  };
+  const Prepared tensors{make(kv.codes(), ScalarType::Char),
+                         make(kv.key_scales(), ScalarType::Float),
+                         new_tensor({k.batch, k.heads, k.columns}, ScalarType::Float, key.device()),
+                         make(kv.codes(), ScalarType::Byte),
+                         make(kv.value_scales(), ScalarType::Float),
+                         make(kv.value_scales(), ScalarType::Float)};
+  point_to(tensors, kv.view);
+  if (k.rows == 0) {
+    Tensor mean = std::get<2>(tensors);
+    torch::stable::zero_(mean);
+  }
+  prepare(k, v, smoothing, kv, nullptr, current_stream(device));
+  return tensors;
 }
 
 Tensor attention_prepared(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,

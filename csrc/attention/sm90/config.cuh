@@ -23,15 +23,21 @@ constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum 
 constexpr uint32_t kOneCodes = 0x28282828u;
 constexpr int kStepsPerGroup = kValueGroup / kKeys;
 
-// kWidth: head_dim, zero-padded. kGeneral: masks, LSE and exact exponentials, which the fast kernel
-// does not have.
-template <int kWidth_, bool kGeneral_>
+enum class Mode {
+  kMixed,   // no mask, no LSE; part of the exponentials by the linear mantissa
+  kExact,   // no mask; hardware exponentials, LSE if asked for
+  kMasked,  // the same with any mask
+};
+
+// kWidth: head_dim, zero-padded.
+template <int kWidth_, Mode kMode>
 struct Config {
   static constexpr int kWidth = kWidth_;
-  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kHasMask = kMode == Mode::kMasked;
+  static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
-  static constexpr int kExactColumns = kGeneral ? 4 : 2;
+  static constexpr int kExactColumns = kMode == Mode::kMixed ? 2 : 4;
 
   static constexpr int kOutputColumns = kWidth + 8;  // 8 rows of ones behind V
   static constexpr int kKeyBytes = kKeys * kWidth;
@@ -46,11 +52,11 @@ struct Config {
   static constexpr int kKeyScaleAt = kValueAt + kStages * kValueBytes;
   static constexpr int kQueryScaleAt = kKeyScaleAt + kStages * 16;
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
-  static constexpr int kValueScaleAt = kQueryShiftAt + (kGeneral ? 2 * kRows * 4 : 0);
+  static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
   static constexpr int kBarrierAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 8 + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
-  static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes + 1024;  // to align
+  static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;
 };
 
 // Barriers of a block, by shared address.

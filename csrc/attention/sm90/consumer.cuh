@@ -98,7 +98,7 @@ class Consumer {
     const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
     query_scale_[0] = scales[0];
     query_scale_[1] = scales[8];
-    if constexpr (C::kGeneral) {
+    if constexpr (C::kHasLse) {
       const float* shifts = reinterpret_cast<const float*>(shared_ + C::kQueryShiftAt) + place;
       lse_shift_[0] = shifts[0];
       lse_shift_[1] = shifts[8];
@@ -140,6 +140,7 @@ class Consumer {
   __device__ __forceinline__ void multiply_keys(int n, bool waits) {
     const int count = count_ + n, stage = count % kStages;
     if (waits) barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
+    key_scale_ = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt + stage * 16)[quad_];
     const uint64_t keys = descriptor<C::kWidth>(base_ + C::kKeyAt + stage * C::kKeyBytes);
     wgmma_fence();
 #pragma unroll
@@ -166,13 +167,11 @@ class Consumer {
   // column takes the linear mantissa. Returns whether the warp's reference maxima moved, and then
   // the factors of what was summed before.
   __device__ __forceinline__ bool exponentiate(int n, float (&factor)[2]) {
-    const float key_scale = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt +
-                                                           (count_ + n) % kStages * 16)[quad_];
-    const float scale[2] = {query_scale_[0] * key_scale, query_scale_[1] * key_scale};
+    const float scale[2] = {query_scale_[0] * key_scale_, query_scale_[1] * key_scale_};
     const int first_key = (steps_ - 1 - n) * kKeys;
     const bool has_hidden = first_key + kKeys - 1 > first_row_last_key_;
     float top[2];
-    if constexpr (C::kGeneral) {
+    if constexpr (C::kHasMask) {
       add_mask(first_key, scale, top);
     } else {
       find_top(first_key, has_hidden, scale, top);
@@ -189,13 +188,17 @@ class Consumer {
         const float larger = fmaxf(max_[h], top[h]);
         factor[h] = decay(max_[h], larger);
         max_[h] = larger;
-        if constexpr (C::kGeneral) sum_[h] *= factor[h];
+        if constexpr (C::kHasLse) sum_[h] *= factor[h];
       }
     }
-    if constexpr (C::kGeneral) {
-      take_exact_exponentials();
+    if constexpr (C::kHasMask) {
+      exponentiate_logits();
     } else {
-      take_mixed_exponentials(first_key, has_hidden, scale);
+      exponentiate_scores(first_key, has_hidden, scale);
+    }
+    if constexpr (C::kHasLse) {
+#pragma unroll
+      for (int i = 0; i < kScores; i++) sum_[i >> 1 & 1] += __int_as_float(s_[i]);
     }
     // Or ptxas moves the transform behind the next matrix instruction, which it then serializes.
 #pragma unroll
@@ -240,8 +243,8 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void take_mixed_exponentials(int first_key, bool has_hidden,
-                                                          const float (&scale)[2]) {
+  __device__ __forceinline__ void exponentiate_scores(int first_key, bool has_hidden,
+                                                      const float (&scale)[2]) {
     float slope[2], exact[2], linear[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -283,19 +286,21 @@ class Consumer {
     visit_mask(p_, [&](auto* mask) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int row = row_ + 8 * h, last = last_column(h, first_key);
-        const auto* at = mask + batch_ * p_.mask_stride_b + head_ * p_.mask_stride_h +
-                         row * p_.mask_stride_n + (first_key + 2 * quad_) * p_.mask_stride_m;
-        if (row >= p_.seqlen_q) continue;
+        const int row = row_ + 8 * h;
+        const int last = row < p_.seqlen_q ? last_column(h, first_key) - 2 * quad_ : -1;
+        auto* at = mask + batch_ * p_.mask_stride_b + head_ * p_.mask_stride_h +
+                   row * p_.mask_stride_n + (first_key + 2 * quad_) * p_.mask_stride_m;
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; j++)
+        for (int j = 0; j < kKeys / 8; j++) {
 #pragma unroll
           for (int b = 0; b < 2; b++) {
-            const int i = 4 * j + 2 * h + b;
-            if (8 * j + 2 * quad_ + b <= last)
-              s_[i] = __float_as_int(
-                  with_mask(__int_as_float(s_[i]), at[(8 * j + b) * p_.mask_stride_m]));
+            float& logit = reinterpret_cast<float&>(s_[4 * j + 2 * h + b]);
+            if (8 * j + b <= last) logit = with_mask(logit, at[b * p_.mask_stride_m]);
           }
+          at += 8 * p_.mask_stride_m;
+          // Or all addresses are computed first, and there are not enough registers for them.
+          asm volatile("" : "+l"(at));
+        }
       }
     });
 #pragma unroll
@@ -313,7 +318,7 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void take_exact_exponentials() {
+  __device__ __forceinline__ void exponentiate_logits() {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float origin = max_[h] == -INFINITY ? 0.f : max_[h];
@@ -323,9 +328,7 @@ class Consumer {
         for (int b = 0; b < 2; b++) {
           const int i = 4 * j + 2 * h + b;
           // Not fused with the offset: the logits of a row may all be -FLT_MAX.
-          const float x = exp2_approx(__fadd_rn(__int_as_float(s_[i]) - origin, kOffset));
-          sum_[h] += x;
-          s_[i] = __float_as_int(x);
+          s_[i] = __float_as_int(exp2_approx(__fadd_rn(__int_as_float(s_[i]) - origin, kOffset)));
         }
     }
   }
@@ -376,39 +379,58 @@ class Consumer {
 
   // Adds the sums of a finished group of V to the fp32 buffer, relative to maxima `reference`.
   __device__ __forceinline__ void promote(int group, const float (&reference)[2]) {
-    const float* scales = group_scales();
-    const float sum[2] = {output(C::kWidth / 2), output(C::kWidth / 2 + 2)};
     float old[2];
-    bool sees[2];  // a row that sees nothing of the group is not touched by its NaN
+    bool sees[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], reference[h]);
       sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key(p_, row_ + 8 * h);
       buffer_max_[h] = reference[h];
     }
-#pragma unroll
-    for (int j = 0; j < C::kWidth / 8; j++) {
-      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-      const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
-      float4* place = reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup);
-      float4 x = buffer_is_used_ ? *place : make_float4(0, 0, 0, 0);
-      x.x = fmaf(x.x, old[0], sees[0] ? dequantize(4 * j, scale.x, shift.x, sum[0]) : 0.f);
-      x.y = fmaf(x.y, old[0], sees[0] ? dequantize(4 * j + 1, scale.y, shift.y, sum[0]) : 0.f);
-      x.z = fmaf(x.z, old[1], sees[1] ? dequantize(4 * j + 2, scale.x, shift.x, sum[1]) : 0.f);
-      x.w = fmaf(x.w, old[1], sees[1] ? dequantize(4 * j + 3, scale.y, shift.y, sum[1]) : 0.f);
-      *place = x;
+    // A row that sees nothing of the group must not be touched by its NaN.
+    if (__all_sync(~0u, sees[0] && sees[1])) {
+      add_group<true>(old, sees);
+    } else {
+      add_group<false>(old, sees);
     }
-    float2* place = reinterpret_cast<float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
-    const float2 total = buffer_is_used_ ? *place : make_float2(0, 0);
-    *place = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
     buffer_is_used_ = true;
     accumulates_ = 0;
     group_count_++;
   }
 
-  // Sum of P V over a group, in units of kOneInCode like `sum`, the sum of P.
+  template <bool kAllSee>
+  __device__ __forceinline__ void add_group(const float (&old)[2], const bool (&sees)[2]) {
+    const float* scales = group_scales();
+    const float sum[2] = {group_sum(0), group_sum(1)};
+#pragma unroll
+    for (int j = 0; j < C::kWidth / 8; j++) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+      const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
+      float4* place = reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup);
+      const float4 x = buffer_is_used_ ? *place : make_float4(0, 0, 0, 0);
+      float y[4] = {dequantize(4 * j, scale.x, shift.x, sum[0]),
+                    dequantize(4 * j + 1, scale.y, shift.y, sum[0]),
+                    dequantize(4 * j + 2, scale.x, shift.x, sum[1]),
+                    dequantize(4 * j + 3, scale.y, shift.y, sum[1])};
+      if constexpr (!kAllSee) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) y[i] = sees[i / 2] ? y[i] : 0.f;
+      }
+      *place = make_float4(fmaf(x.x, old[0], y[0]), fmaf(x.y, old[0], y[1]),
+                           fmaf(x.z, old[1], y[2]), fmaf(x.w, old[1], y[3]));
+    }
+    float2* place = reinterpret_cast<float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
+    const float2 total = buffer_is_used_ ? *place : make_float2(0, 0);
+    *place = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
+  }
+
+  // Sum of P over the group.
+  __device__ __forceinline__ float group_sum(int h) const {
+    return output(C::kWidth / 2 + 2 * h) * (1.f / kOneInCode);
+  }
+  // Sum of P V over the group.
   __device__ __forceinline__ float dequantize(int i, float scale, float shift, float sum) const {
-    return fmaf(output(i), scale * kOneInCode, shift * sum);
+    return fmaf(output(i), scale, shift * sum);
   }
 
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
@@ -421,7 +443,7 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       poison[h] = fmaf(query_scale[h], 0.f, poison_[h]);
-      if constexpr (C::kGeneral) {
+      if constexpr (C::kHasLse) {
         sum[h] = sum_[h];
         shift[h] = lse_shift_[h];
       }
@@ -443,7 +465,7 @@ class Consumer {
   __device__ __forceinline__ void write(const Place& place, const float* scales,
                                         const float (&top)[2], float (&poison)[2],
                                         float (&exact_sum)[2], const float (&lse_shift)[2]) {
-    float old[2], inverse[2], group_sum[2];
+    float old[2], inverse[2], sum[2];
     bool attends[2];
     float2 total = make_float2(0, 0);
     if (buffer_is_used_)
@@ -451,18 +473,18 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], top[h]);
-      group_sum[h] = output(C::kWidth / 2 + 2 * h);
+      sum[h] = group_sum(h);
       poison[h] += __shfl_xor_sync(~0u, poison[h], 1);
       poison[h] += __shfl_xor_sync(~0u, poison[h], 2);
-      if constexpr (C::kGeneral) {
+      if constexpr (C::kHasLse) {
         exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 1);
         exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 2);
         poison[h] = fmaf(exact_sum[h], 0.f, 0.f);
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
-      inverse[h] = __fdividef(1.f, fmaf(h ? total.y : total.x, old[h], group_sum[h])) + poison[h];
+      inverse[h] = __fdividef(1.f, fmaf(h ? total.y : total.x, old[h], sum[h])) + poison[h];
     }
-    if constexpr (C::kGeneral) {
+    if constexpr (C::kHasLse) {
       if (p_.lse != nullptr && quad_ == 0) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -483,10 +505,10 @@ class Consumer {
         float4 before = make_float4(0, 0, 0, 0);
         if (buffer_is_used_)
           before = *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
-        x[0][k][0] = fmaf(before.x, old[0], dequantize(4 * j, scale.x, shift.x, group_sum[0]));
-        x[0][k][1] = fmaf(before.y, old[0], dequantize(4 * j + 1, scale.y, shift.y, group_sum[0]));
-        x[1][k][0] = fmaf(before.z, old[1], dequantize(4 * j + 2, scale.x, shift.x, group_sum[1]));
-        x[1][k][1] = fmaf(before.w, old[1], dequantize(4 * j + 3, scale.y, shift.y, group_sum[1]));
+        x[0][k][0] = fmaf(before.x, old[0], dequantize(4 * j, scale.x, shift.x, sum[0]));
+        x[0][k][1] = fmaf(before.y, old[0], dequantize(4 * j + 1, scale.y, shift.y, sum[0]));
+        x[1][k][0] = fmaf(before.z, old[1], dequantize(4 * j + 2, scale.x, shift.x, sum[1]));
+        x[1][k][1] = fmaf(before.w, old[1], dequantize(4 * j + 3, scale.y, shift.y, sum[1]));
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -515,7 +537,7 @@ class Consumer {
   int work_count_ = 0;
   int slot_, batch_, head_, row_, steps_, skip_, first_row_last_key_;
   uint64_t query_;
-  float query_scale_[2], lse_shift_[2], sum_[2];
+  float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
   float max_[2], buffer_max_[2], poison_[2];
   bool buffer_is_used_;
   int accumulates_;

@@ -17,10 +17,9 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_kernel(const __grid_constant__ AttentionParams p,
                      const __grid_constant__ Schedule s) {
-  extern __shared__ uint8_t memory[];
-  uint8_t* shared =
-      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
+  if (base % 1024 != 0) __trap();  // the swizzles count on it
   const Barriers<C> barriers{base + C::kBarrierAt};
   volatile int* work_index =
       reinterpret_cast<volatile int*>(shared + C::kBarrierAt + 8 * (4 * kStages + 6));

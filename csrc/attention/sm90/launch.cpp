@@ -3,13 +3,13 @@
 namespace torch_sage::sm90 {
 
 void launch_attention(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
-  const bool is_general =
-      params.mask_kind != MaskKind::kNone || params.lse != nullptr || params.exact_exponential;
-  if (params.kv.width == 64) {
-    (is_general ? launch_general_64 : launch_fast_64)(params, multiprocessors, stream);
-  } else {
-    (is_general ? launch_general_128 : launch_fast_128)(params, multiprocessors, stream);
-  }
+  const bool is_narrow = params.kv.width == 64;
+  const auto launch = params.mask_kind != MaskKind::kNone
+                          ? (is_narrow ? launch_masked_64 : launch_masked_128)
+                      : params.lse != nullptr || params.exact_exponential
+                          ? (is_narrow ? launch_exact_64 : launch_exact_128)
+                          : (is_narrow ? launch_mixed_64 : launch_mixed_128);
+  launch(params, multiprocessors, stream);
 }
 
 }  // namespace torch_sage::sm90

@@ -5,9 +5,11 @@
 
 namespace torch_sage::sm90 {
 
-void launch_fast_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
-void launch_fast_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
-void launch_general_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
-void launch_general_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_mixed_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_mixed_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_exact_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_exact_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_masked_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_masked_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 
 }  // namespace torch_sage::sm90

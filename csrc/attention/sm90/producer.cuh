@@ -168,10 +168,10 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
     const float amax = p.dtype == Dtype::kFloat16 ? __half2float(__ushort_as_half(largest >> 16))
                                                   : __uint_as_float(largest);
-    const ScaleAndInverse scale = scale_and_inverse(amax, 127.f, kInverse127);
+    const ScaleAndInverse scale = scale_and_inverse_127(amax);
     const float factor = p.scale < 0 ? -scale.inverse : scale.inverse;
     if (part == 0) scales[row] = __fmul_rn(scale.scale, fabsf(p.scale) * kLog2E);
-    if constexpr (C::kGeneral) {
+    if constexpr (C::kHasLse) {
       const float dot = p.lse == nullptr ? 0.f : dot_key_mean(p, work, x, part);
       if (part == 0) shifts[row] = dot * p.scale;
     }
@@ -214,7 +214,7 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
       barrier_arrive(barriers.query_full(slot));
       return;
     }
-    if constexpr (C::kGeneral) {  // reads the mean of K
+    if constexpr (C::kHasLse) {  // reads the mean of K
       if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
     }
     const Work work = find_work(p, s, index);

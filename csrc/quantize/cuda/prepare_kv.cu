@@ -182,15 +182,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     const int block = first / kKeyBlock128 + thread / 4;
     if (block * 2 < tiles)
       p.kv.key_scales[(head * (tiles / 2) + block) * 4 + thread % 4] =
-          scale_and_inverse(__uint_as_float(shared.key_amax[thread / 4][thread % 4]), 127.f,
-                            kInverse127)
-              .scale;
+          scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
   }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const float inverse =
-        scale_and_inverse(__uint_as_float(shared.key_amax[half][scale_index]), 127.f, kInverse127)
-            .inverse;
+        scale_and_inverse_127(__uint_as_float(shared.key_amax[half][scale_index])).inverse;
 #pragma unroll
     for (int i = half * kKeyRounds / 2; i < (half + 1) * kKeyRounds / 2; i++) {
       const int row = i * kRowsAtOnce + key_row, token = first + row;
@@ -277,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
     float amax = fmaxf(fabsf(low - center), fabsf(high - center));
     if (!(fabsf(total) <= 3.402823466e38f)) amax = NAN;  // NaN hides from extremes, not from sums
-    const ScaleAndInverse scale = scale_and_inverse(amax, kValueMax, 1 / kValueMax);
+    const ScaleAndInverse scale = scale_and_inverse(amax, kValueMax);
     shared.mean[thread] = scale.scale == scale.scale ? center : 0.f;
     shared.scale[thread] = scale.scale;
     shared.inverse[thread] = scale.inverse;

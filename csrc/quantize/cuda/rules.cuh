@@ -12,11 +12,32 @@ struct ScaleAndInverse {
   float inverse;
 };
 
-__device__ __forceinline__ ScaleAndInverse scale_and_inverse(float amax, float code_max,
-                                                             float inverse_code_max) {
+// 127 / x, correctly rounded, for 2^-100 <= x: as the compiler divides where nothing is subnormal.
+// What it does otherwise is a call, for which the attention kernel has no registers.
+__device__ __forceinline__ float divide_127(float x) {
+  const float shrink = x > 0x1p100f ? 0x1p-64f : 1.f;  // 1 / x would be subnormal
+  const float numerator = 127.f * shrink, denominator = x * shrink;
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(denominator));
+  reciprocal = __fmaf_rn(__fmaf_rn(-denominator, reciprocal, 1.f), reciprocal, reciprocal);
+  float quotient = __fmul_rn(numerator, reciprocal);
+  quotient = __fmaf_rn(__fmaf_rn(-denominator, quotient, numerator), reciprocal, quotient);
+  return __fmaf_rn(__fmaf_rn(-denominator, quotient, numerator), reciprocal, quotient);
+}
+
+// For codes up to 127.
+__device__ __forceinline__ ScaleAndInverse scale_and_inverse_127(float amax) {
   const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
   const bool is_finite = amax <= 3.402823466e38f;
-  return {is_finite ? __fmul_rn(floored, inverse_code_max) : __int_as_float(0x7fffffff),
+  return {is_finite ? __fmul_rn(floored, kInverse127) : __int_as_float(0x7fffffff),
+          is_finite ? divide_127(floored) : 0.f};
+}
+
+// For codes up to a power of two.
+__device__ __forceinline__ ScaleAndInverse scale_and_inverse(float amax, float code_max) {
+  const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;
+  const bool is_finite = amax <= 3.402823466e38f;
+  return {is_finite ? __fmul_rn(floored, 1.f / code_max) : __int_as_float(0x7fffffff),
           is_finite ? __fdiv_rn(code_max, floored) : 0.f};
 }
 
