@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -140,12 +141,14 @@ def environment() -> dict[str, str | int]:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
     return {
         "cpu": cpu,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
