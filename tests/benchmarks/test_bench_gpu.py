@@ -66,15 +66,19 @@ def test_the_fp8_quantizer_interpreted():
         import torch
         from benchmarks.gpu import fp8
         fp8.PARTS, fp8.BLOCK = 4, 64
+        torch.manual_seed(0)
         x = [torch.randn(2, 5, 3, 16).bfloat16() * 3**i for i in range(3)]
         got = fp8.quantize(*x)
         for tensor, codes, descale, scale in zip(x, got[:3], got.descale, got.scale):
-            factor = 448 / tensor.float().abs().max()
-            assert scale == factor and descale == 1 / factor, (scale, factor)
-            wanted = (tensor.float() * factor).to(torch.float8_e4m3fn).view(torch.uint8)
-            # The interpreter, unlike a GPU, forgets the carry that rounds up to a power of two.
-            kept = wanted & 7 != 0
-            assert torch.equal(codes.view(torch.uint8)[kept], wanted[kept])
+            wanted = 448 / tensor.float().abs().max()
+            torch.testing.assert_close(scale, wanted, rtol=2**-22, atol=0)
+            torch.testing.assert_close(descale, 1 / wanted, rtol=2**-22, atol=0)
+            scaled = tensor.float() * scale
+            nearest = scaled.to(torch.float8_e4m3fn)
+            # The interpreter, unlike a GPU, rounds ties up and forgets the carry to a power of two.
+            kept = nearest.view(torch.uint8) & 7 != 0
+            far = (codes.float() - scaled).abs() > (nearest.float() - scaled).abs()
+            assert not (far & kept).any() and kept.float().mean() > 0.8
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
