@@ -10,7 +10,7 @@ import torch
 from torch_sage.config import PRESETS
 from torch_sage.inductor import eligibility
 from torch_sage.inductor.patterns import refusals
-from torch_sage.ops.checks import FLOAT_DTYPES, MAX_HEAD_DIM
+from torch_sage.ops.checks import FLOAT_DTYPES
 from torch_sage.ops.reasons import Reason, ReasonCode
 from torch_sage.recipes import SUPPORT, resolve_in
 
@@ -36,6 +36,7 @@ def recipes() -> str:
             "P and V",
             "smoothing",
             "exponential",
+            "head_dim",
             "default",
         ),
         (
@@ -46,6 +47,7 @@ def recipes() -> str:
                 ", ".join(support.pv),
                 ", ".join(letters or "none" for letters in support.smooth),
                 ", ".join(support.exponential),
+                f"1 to {support.max_head_dim}",
                 f"`{support.default.name}`",
             )
             for device, support in SUPPORT.items()
@@ -82,9 +84,9 @@ def generated() -> str:
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
     return (
         f"{recipes()}\n"
-        f"Inputs: {dtypes}; head dimensions 1 to {MAX_HEAD_DIM}, of V also another than of Q and "
-        "K; any sequence lengths and strides; grouped heads; bool and float masks of any broadcast "
-        "shape; causal from the top left or the bottom right.\n\n"
+        f"Inputs: {dtypes}; a head_dim of V other than that of Q and K; any sequence lengths "
+        "and strides; grouped heads; bool and float masks of any broadcast shape; causal from the "
+        "top left or the bottom right.\n\n"
         f"{presets()}\n"
         "Anything else runs exact SDPA, for a reason that `why_not` and `report` name:\n\n"
         f"{reasons()}\n"

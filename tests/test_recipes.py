@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from torch_sage import _extension, devices
 from torch_sage.config import PRESETS, SageConfig
-from torch_sage.ops.checks import FLOAT_DTYPES, recipe_problems
+from torch_sage.ops.checks import FLOAT_DTYPES, MAX_HEAD_DIM, largest_head_dim, recipe_problems
 from torch_sage.recipes import (
     EXPONENTIALS,
     GRANULARITIES,
@@ -64,7 +65,7 @@ def test_allows_agrees_with_the_ops_own_check(row: str, preset: str) -> None:
 
 
 def on_cpu(**fields: Any) -> Recipe:
-    return resolve(SageConfig(**fields), CPU, BF16)
+    return resolve(SageConfig(**fields), CPU, BF16, 64)
 
 
 def test_fields_override_the_default_one_by_one() -> None:
@@ -82,14 +83,14 @@ def test_fields_override_the_default_one_by_one() -> None:
 def test_half_is_the_16_bit_type_of_the_operands() -> None:
     for pv in ("auto", "half"):
         config = SageConfig(pv=pv)
-        formats = [resolve(config, CUDA, dtype).pv for dtype in FLOAT_DTYPES]
+        formats = [resolve(config, CUDA, dtype, 64).pv for dtype in FLOAT_DTYPES]
         assert formats == ["bf16", "bf16", "fp16"]
-        assert {resolve(config, CPU, dtype).pv for dtype in FLOAT_DTYPES} == {"bf16"}
-    assert resolve(SageConfig(pv="bf16"), CUDA, torch.float16).pv == "bf16"
+        assert {resolve(config, CPU, dtype, 64).pv for dtype in FLOAT_DTYPES} == {"bf16"}
+    assert resolve(SageConfig(pv="bf16"), CUDA, torch.float16, 64).pv == "bf16"
 
 
 def test_paper_presets_on_the_cpu() -> None:
-    resolved = {name: resolve(preset, CPU, BF16) for name, preset in PRESETS.items()}
+    resolved = {name: resolve(preset, CPU, BF16, 64) for name, preset in PRESETS.items()}
     runs = [name for name, recipe in resolved.items() if SUPPORT["cpu"].allows(recipe)]
     assert runs == ["auto", "sage1"]
     assert resolved["sage2_4b"] == Recipe("int4", "thread", "e4m3", "qk")
@@ -97,7 +98,7 @@ def test_paper_presets_on_the_cpu() -> None:
 
 def test_unknown_device_is_an_error() -> None:
     with pytest.raises(KeyError):
-        resolve(SageConfig(), torch.device("meta"), BF16)
+        resolve(SageConfig(), torch.device("meta"), BF16, 64)
 
 
 def test_name_and_op_arguments() -> None:
@@ -127,25 +128,33 @@ FALLS_TO_TRITON: list[dict[str, Any]] = [
 
 def test_hopper_prefers_its_own_row(hopper: None) -> None:
     own, triton = SUPPORT["cuda.sm90"], SUPPORT["cuda"]
-    assert resolve(SageConfig(), CUDA, BF16) == own.default
+    assert resolve(SageConfig(), CUDA, BF16, 64) == own.default
     for dtype in FLOAT_DTYPES:
-        assert resolve(SageConfig(pv="e4m3_fp16", smooth_v=False), CUDA, dtype).smooth == "k"
-    exact = resolve(SageConfig(exponential="exact"), CUDA, BF16)
+        assert resolve(SageConfig(pv="e4m3_fp16", smooth_v=False), CUDA, dtype, 64).smooth == "k"
+    exact = resolve(SageConfig(exponential="exact"), CUDA, BF16, 64)
     assert own.allows(exact) and exact.name == "int8.token_thread/e4m3_fp16/smooth-kv"
     for fields in FALLS_TO_TRITON:
-        recipe = resolve(SageConfig(**fields), CUDA, BF16)
+        recipe = resolve(SageConfig(**fields), CUDA, BF16, 64)
         assert triton.allows(recipe) and not own.allows(recipe), fields
-    assert resolve(SageConfig(pv="half"), CUDA, torch.float16).pv == "fp16"
-    assert resolve(PRESETS["sage1"], CUDA, BF16) == Recipe("int8", "block", "bf16", "k")
-    assert resolve(SageConfig(), CPU, BF16) == SUPPORT["cpu"].default
+    assert resolve(SageConfig(pv="half"), CUDA, torch.float16, 64).pv == "fp16"
+    assert resolve(PRESETS["sage1"], CUDA, BF16, 64) == Recipe("int8", "block", "bf16", "k")
+    assert resolve(SageConfig(), CPU, BF16, 64) == SUPPORT["cpu"].default
+
+
+def test_wide_heads_take_the_row_that_has_room(hopper: None) -> None:
+    limit = SUPPORT["cuda.sm90"].max_head_dim
+    assert resolve(SageConfig(), CUDA, BF16, limit) == SUPPORT["cuda.sm90"].default
+    if limit < MAX_HEAD_DIM:
+        assert resolve(SageConfig(), CUDA, BF16, limit + 1) == SUPPORT["cuda"].default
+    assert max(support.max_head_dim for support in SUPPORT.values()) == MAX_HEAD_DIM
 
 
 def test_what_no_row_runs_is_the_recipe_of_the_preferred_one(hopper: None) -> None:
     config = SageConfig(pv="e4m3")
     rows = devices.rows_of(CUDA)
     assert rows == ("cuda.sm90", "cuda")
-    assert choose_row(config, rows, BF16) == "cuda.sm90"
-    assert resolve(config, CUDA, BF16) == Recipe("int8", "token_thread", "e4m3", "kv", "mixed")
+    assert choose_row(config, rows, BF16, 64) == "cuda.sm90"
+    assert resolve(config, CUDA, BF16, 64) == Recipe("int8", "token_thread", "e4m3", "kv", "mixed")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +168,7 @@ def test_every_other_gpu_has_the_row_of_triton(
     monkeypatch.setattr(_extension, "cuda_archs", lambda: archs)
     monkeypatch.setattr(devices, "capability", lambda index: capability)
     assert devices.rows_of(CUDA) == ("cuda",)
-    assert resolve(SageConfig(), CUDA, BF16) == SUPPORT["cuda"].default
+    assert resolve(SageConfig(), CUDA, BF16, 64) == SUPPORT["cuda"].default
     assert devices.lack_of_sm90("query", CUDA) is not None
 
 
@@ -169,7 +178,7 @@ def test_a_fake_gpu_is_judged_without_a_gpu() -> None:
         pytest.skip("needs a machine without GPU, got one")
     with FakeTensorMode():
         x = torch.empty(1, 2, 64, 64, device="cuda")
-    assert resolve(SageConfig(), x.device, x.dtype) == SUPPORT["cuda"].default
+    assert resolve(SageConfig(), x.device, x.dtype, 64) == SUPPORT["cuda"].default
 
 
 def test_lack_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
@@ -221,7 +230,7 @@ def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
     (problem,) = judge("cuda", pv="bf16", exponential="exact")
     assert "granularity must be one of ['token', 'thread', 'warp', 'block'] on cuda" in problem
     assert "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'bf16'" in problem
-    # One that is legal in none is all there is to say.
+    # What is wrong in every row is all there is to say.
     assert judge("cuda", qk="int4") == [
         "qk must be one of ['int8'] on cuda, got 'int4', or "
         "qk must be one of ['int8'] on cuda.sm90, got 'int4'"
@@ -229,3 +238,27 @@ def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
     assert judge("cpu", granularity="token", pv="bf16", qk="int4", exponential="exact") == [
         "qk must be one of ['int8'] on cpu, got 'int4'"
     ]
+
+
+def test_head_dim_is_part_of_what_a_row_runs() -> None:
+    own, triton = (SUPPORT[row] for row in ("cuda.sm90", "cuda"))
+    wide = own.max_head_dim + 1
+    rows = {"cuda": own.default.op_kwargs(), "cuda.sm90": own.default.op_kwargs()}
+    (problem,) = recipe_problems(rows, wide)
+    limit = f"head_dim must be at most {own.max_head_dim} on cuda.sm90, got {wide}"
+    assert problem.endswith(f", or {limit}") and problem.startswith("granularity must be")
+    assert recipe_problems({"cuda.sm90": own.default.op_kwargs()}, own.max_head_dim) == []
+    assert recipe_problems({"cuda": triton.default.op_kwargs()}, MAX_HEAD_DIM) == []
+
+
+def test_an_unknown_head_dim_counts_as_the_largest() -> None:
+    """So that no kernel is chosen that may turn out too narrow; it adds no guard either."""
+    narrow, wide = torch.empty(1, 1, 2, 40), torch.empty(1, 1, 2, 80)
+    assert largest_head_dim(narrow, wide) == largest_head_dim(wide, narrow) == 80
+    assert largest_head_dim(torch.empty(1, 1, 2, 300)) == MAX_HEAD_DIM
+    env = ShapeEnv()
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 4)
+    symbolic = FakeTensorMode(shape_env=env).from_tensor(narrow, symbolic_context=context)
+    before = len(env.guards)
+    assert largest_head_dim(symbolic, wide) == MAX_HEAD_DIM
+    assert len(env.guards) == before

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from torch_sage import ops
 from torch_sage.config import SageConfig, as_config
-from torch_sage.ops.checks import Size, known
+from torch_sage.ops.checks import Size, known, largest_head_dim
 from torch_sage.ops.dispatch import (
     Reason,
     ReasonCode,
@@ -162,7 +162,7 @@ def attention_with_lse(
     if reasons:
         _announce(reasons, config)
         return _exact_with_lse(q, k, v, mask, causal, scale)
-    recipe = resolve(config, query.device, query.dtype).op_kwargs()
+    recipe = resolve(config, query.device, query.dtype, largest_head_dim(query, value)).op_kwargs()
     output, lse = ops.sdpa_with_lse(
         q, k, v, mask, causal, scale, output_order=order_of(query, value.shape[3]), **recipe
     )
@@ -272,7 +272,7 @@ def _make_plan(
     if reasons:
         return _Plan(reasons, False, False, "none", {}, True)
     mask, causal = causal_of(attn_mask, is_causal)
-    recipe = resolve(config, query.device, query.dtype).op_kwargs()
+    recipe = resolve(config, query.device, query.dtype, largest_head_dim(query, value)).op_kwargs()
     q, k, v = as_matrices(query, key, value)
     return _Plan(
         reasons=(),

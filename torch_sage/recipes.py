@@ -74,6 +74,9 @@ class Support(NamedTuple):
     half: Mapping[torch.dtype, str]
     """The 16-bit format of P and V for each dtype of the operands; empty where there is none."""
 
+    max_head_dim: int
+    """The largest head dimension, of Q and K or of V, that fits the kernels."""
+
     has_parts: bool
     """Whether the ops ``quantize_*`` and ``attention`` run these recipes, not only ``sdpa``."""
 
@@ -109,6 +112,7 @@ SUPPORT: dict[str, Support] = {
         smooth=_ALL_SMOOTHING,
         exponential=("exact",),
         half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "bf16"},
+        max_head_dim=256,
         has_parts=True,
     ),
     "cuda": Support(
@@ -119,6 +123,7 @@ SUPPORT: dict[str, Support] = {
         smooth=_ALL_SMOOTHING,
         exponential=("exact",),
         half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "fp16"},
+        max_head_dim=256,
         has_parts=True,
     ),
     "cuda.sm90": Support(
@@ -129,6 +134,7 @@ SUPPORT: dict[str, Support] = {
         smooth=("", "k", "v", "kv"),
         exponential=("mixed", "exact"),
         half={},
+        max_head_dim=128,
         has_parts=False,
     ),
 }
@@ -174,18 +180,24 @@ def resolve_in(row: str, config: SageConfig, dtype: torch.dtype) -> Recipe:
     )
 
 
-def choose_row(config: SageConfig, rows: Sequence[str], dtype: torch.dtype) -> str:
-    """Return the first of ``rows`` that supports ``config``, else the first of all."""
+def choose_row(config: SageConfig, rows: Sequence[str], dtype: torch.dtype, head_dim: int) -> str:
+    """Return the first of ``rows`` that supports ``config``, else the first of all.
+
+    ``head_dim`` is the larger one of Q and K and of V.
+    """
     for row in rows:
-        if SUPPORT[row].allows(resolve_in(row, config, dtype)):
+        support = SUPPORT[row]
+        if head_dim <= support.max_head_dim and support.allows(resolve_in(row, config, dtype)):
             return row
     return rows[0]
 
 
-def resolve(config: SageConfig, device: torch.device, dtype: torch.dtype) -> Recipe:
+def resolve(config: SageConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> Recipe:
     """Return the recipe that ``config`` asks for on ``device``; it may not be supported there.
+
+    ``head_dim`` is the larger one of Q and K and of V.
 
     Raises:
         KeyError: if ``device`` has no row at all (``device.type not in SUPPORT``).
     """
-    return resolve_in(choose_row(config, rows_of(device), dtype), config, dtype)
+    return resolve_in(choose_row(config, rows_of(device), dtype, head_dim), config, dtype)

@@ -118,10 +118,25 @@ def test_refusals_name_the_values_of_every_row(hopper: None) -> None:
     )
     config = ALWAYS.with_options(pv="e4m3_fp16", granularity="block")
     (reason,) = why_not(*fakes(), config=config)
+    assert reason.code == "recipe_unsupported"
     assert reason.message == (
         "granularity must be one of ['token_thread'] on cuda.sm90, got 'block', or "
         "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'"
     )
+
+
+def test_wide_heads_run_by_triton(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    monkeypatch.setitem(SUPPORT, "cuda.sm90", SUPPORT["cuda.sm90"]._replace(max_head_dim=63))
+    assert why_not(*fakes(), config=ALWAYS) == ()
+    (reason,) = why_not(*fakes(), config=ALWAYS.with_options(pv="e4m3_fp16"))
+    assert reason.message == (
+        "head_dim must be at most 63 on cuda.sm90, got 64, or "
+        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'"
+    )
+    q, k, v = fakes()
+    with q.fake_mode, pytest.raises(ValueError, match=r"head_dim must be at most 63 on cuda\.sm90"):
+        ops.sdpa(q, k, v, **SUPPORT["cuda.sm90"].default.op_kwargs())
 
 
 def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_sage import ops
+from torch_sage.recipes import PREPARED, SUPPORT
 
 NAMES = ("key_codes", "key_scales", "key_mean", "value_codes", "value_scales", "value_shift")
 B, HQ, HKV, N, M, D, DV = 2, 4, 2, 9, 300, 80, 40
@@ -38,7 +39,11 @@ def arguments(m: int = M, d: int = D, dv: int = DV) -> list[Any]:
     [(1, 1, 64), (64, 64, 64), (65, 64, 128), (64, 65, 128), (128, 96, 128), (129, 1, 256)],
 )
 @pytest.mark.parametrize("m", [0, 1, 128, 129, 1024, 1025])
-def test_shapes_are_whole_tiles(m: int, d: int, dv: int, padded: int) -> None:
+def test_shapes_are_whole_tiles(
+    m: int, d: int, dv: int, padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widest = SUPPORT[PREPARED]._replace(max_head_dim=256)
+    monkeypatch.setitem(SUPPORT, PREPARED, widest)
     blocks, groups = math.ceil(m / 128), math.ceil(m / 1024)
     images, channels = (B, HKV, 2 * blocks, 64 * padded), (B, HKV, groups, padded)
     expected = {
@@ -57,6 +62,21 @@ def test_shapes_are_whole_tiles(m: int, d: int, dv: int, padded: int) -> None:
     assert output.shape == (B, HQ, N, dv) and output.dtype == torch.bfloat16
     assert output.transpose(1, 2).is_contiguous()
     assert lse.shape == (B, HQ, N) and lse.dtype == torch.float32
+
+
+def test_heads_that_are_too_wide_are_refused() -> None:
+    """The layout has room for 256 channels whether or not the kernels have."""
+    limit = SUPPORT[PREPARED].max_head_dim
+    ops.attention_prepared(*arguments(64, limit, limit))
+    args = arguments()
+    if limit < 256:
+        wide, message = meta(B, HKV, M, limit + 1), f"head_dim must be at most {limit} on cuda.sm90"
+        for key, value in ((wide, V), (K, wide)):
+            with pytest.raises(ValueError, match=f"{message}, got {limit + 1}"):
+                ops.prepare_kv(key, value)
+        args[8] = limit + 1
+        with pytest.raises(ValueError, match=f"{message}, got {limit + 1}"):
+            ops.attention_prepared(*args)
 
 
 K, V = meta(B, HKV, M, D), meta(B, HKV, M, DV)

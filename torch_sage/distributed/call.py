@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_sage.config import SageConfig, as_config
 from torch_sage.distributed.group import agree
-from torch_sage.ops.checks import FLOAT_DTYPES, names, shape_of_mask_problems
+from torch_sage.ops.checks import FLOAT_DTYPES, largest_head_dim, names, shape_of_mask_problems
 from torch_sage.ops.dispatch import device_reasons, validate, why_not
 from torch_sage.recipes import Recipe, resolve_in
 
@@ -58,7 +58,7 @@ def accept(
     row = query.device.type
     reasons = [
         *why_not(query, key, value, *semantics, config=config),
-        *device_reasons(query, config, (row,)),
+        *device_reasons(query, config, (row,), largest_head_dim(query, value)),
     ]
     if reasons:
         raise NotImplementedError(

@@ -34,6 +34,7 @@ from torch_sage.inductor.records import (
     module_name,
     source_line,
 )
+from torch_sage.ops.checks import largest_head_dim
 from torch_sage.ops.reasons import Reason
 from torch_sage.recipes import Recipe, resolve
 
@@ -62,7 +63,8 @@ def apply(
         attach(found.anchor, _record(found, "", reasons))
         return False
     query = tensor(found.query)
-    recipe = resolve(config, query.device, query.dtype)
+    head_dim = largest_head_dim(query, tensor(found.value))
+    recipe = resolve(config, query.device, query.dtype, head_dim)
     op = plan(
         torch.ops.torch_sage.sdpa.default,
         found.query,

@@ -146,13 +146,23 @@ def limits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) 
             )
 
 
-def recipe_problems(wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
+def largest_head_dim(*tensors: Tensor) -> int:
+    """Return the largest head dimension, which decides what kernels fit, up to ``MAX_HEAD_DIM``.
+
+    One that is not known counts as that.
+    """
+    known_sizes = (t.shape[-1] if isinstance(t.shape[-1], int) else MAX_HEAD_DIM for t in tensors)
+    return min(max(known_sizes), MAX_HEAD_DIM)
+
+
+def recipe_problems(wanted: Mapping[str, Mapping[str, str]], head_dim: int = 1) -> list[str]:
     """Return why no row of the recipe table runs what is wanted of it; nothing if one does.
 
     Args:
         wanted: for each row that may run, the recipe arguments to judge.
+        head_dim: the larger one of Q and K and of V, where it matters.
     """
-    found = [_row_problems(row, fields) for row, fields in wanted.items()]
+    found = [_row_problems(row, fields, head_dim) for row, fields in wanted.items()]
     if not all(found):
         return []
     if len(found) == 1:
@@ -163,13 +173,16 @@ def recipe_problems(wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
     return [", or ".join(" and ".join(problems) for problems in relevant)]
 
 
-def _row_problems(row: str, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return by field which values a row of the recipe table does not have."""
+def _row_problems(row: str, fields: Mapping[str, str], head_dim: int) -> dict[str, str]:
+    """Return by name which values a row of the recipe table does not have."""
     problems = {}
     for field, got in fields.items():
         valid = getattr(SUPPORT[row], field)
         if got not in valid:
             problems[field] = f"{field} must be one of {list(valid)} on {row}, got {got!r}"
+    limit = SUPPORT[row].max_head_dim
+    if head_dim > limit:
+        problems["head_dim"] = f"head_dim must be at most {limit} on {row}, got {head_dim}"
     return problems
 
 
@@ -298,11 +311,11 @@ def prepared_operands(
 
 def preparation_problems(key: Tensor, value: Tensor, smooth: str) -> Iterator[str]:
     """Yield every reason why ``key`` and ``value`` cannot be prepared."""
-    yield from recipe_problems({PREPARED: {"smooth": smooth}})
     ranks = list(rank_problems(key=key, value=value))
     if ranks:
         yield from ranks
         return
+    yield from recipe_problems({PREPARED: {"smooth": smooth}}, largest_head_dim(key, value))
     yield from quantizer_problems("key", key, None)
     yield from quantizer_problems("value", value, None)
     expected = (*key.shape[:3], value.shape[3])
@@ -320,8 +333,7 @@ def prepared_problems(
     exponential: str,
 ) -> Iterator[str]:
     """Yield why ``query`` cannot attend to what ``prepare_kv`` returned for ``seqlen_k`` tokens."""
-    yield from recipe_problems({PREPARED: {"exponential": exponential}})
-    sizes = []
+    sizes = recipe_problems({PREPARED: {"exponential": exponential}})
     if known(seqlen_k < 0):
         sizes.append(f"seqlen_k must not be negative, got {seqlen_k}")
     if known(head_dim_v < 1) or known(head_dim_v > MAX_HEAD_DIM):
@@ -334,6 +346,7 @@ def prepared_problems(
         yield from sizes
         return
     yield from (reason.message for reason in limits(query, query, query, attn_mask))
+    yield from recipe_problems({PREPARED: {}}, max(largest_head_dim(query), head_dim_v))
     (b, hq, _, d), h = query.shape, prepared["key_codes"].shape[1]
     if not (known(d < 1) or known(d > MAX_HEAD_DIM)):
         for name, (dtype, shape) in prepared_operands(b, h, seqlen_k, d, head_dim_v).items():

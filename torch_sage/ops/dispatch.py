@@ -81,13 +81,15 @@ def why_not(
     problems = _causal_problems(query, key, attn_mask, is_causal, causal)
     reasons = [Reason(ReasonCode.INVALID_INPUT, problem) for problem in problems]
     attn_mask, causal = causal_of(attn_mask, is_causal, causal)
-    reasons += device_reasons(query, config, rows_of(query.device))
     reasons += _gradient_reasons(query=query, key=key, value=value, attn_mask=attn_mask)
     if dropout_p != 0.0:
         reasons.append(Reason(ReasonCode.DROPOUT, f"dropout_p must be 0.0, got {dropout_p}"))
     opaque = list(_layout_reasons(query, key, value, attn_mask) or _rank_reasons(query, key, value))
+    # Sizes mean something else in what is opaque.
+    head_dim = 1 if opaque else checks.largest_head_dim(query, value)
+    reasons += device_reasons(query, config, rows_of(query.device), head_dim)
     if opaque:
-        return (*reasons, *opaque)  # sizes mean something else there
+        return (*reasons, *opaque)
     for problem in _problems(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa):
         reasons.append(Reason(ReasonCode.INVALID_INPUT, problem))
     q, k, v = as_matrices(query, key, value)
@@ -297,8 +299,13 @@ def _rank_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[Reason]:
     return [Reason(ReasonCode.RANK, message)]
 
 
-def device_reasons(query: Tensor, config: SageConfig, rows: Sequence[str]) -> list[Reason]:
-    """Return why the device of ``query`` runs ``config`` in none of the table's ``rows``."""
+def device_reasons(
+    query: Tensor, config: SageConfig, rows: Sequence[str], head_dim: int
+) -> list[Reason]:
+    """Return why the device of ``query`` runs ``config`` in none of the table's ``rows``.
+
+    ``head_dim`` is the larger one of Q and K and of V.
+    """
     reasons = []
     device = query.device.type
     if device not in SUPPORT:
@@ -307,12 +314,12 @@ def device_reasons(query: Tensor, config: SageConfig, rows: Sequence[str]) -> li
     if device == "cpu" and MISSING_LIBRARY is not None:
         message = f"the native library must be loaded, got: {MISSING_LIBRARY}"
         reasons.append(Reason(ReasonCode.EXTENSION_NOT_BUILT, message))
-    row = choose_row(config, rows, query.dtype)
+    row = choose_row(config, rows, query.dtype, head_dim)
     lack = gpu.lack(query.device.index, row) if device == "cuda" else None
     if lack is not None:
         reasons.append(Reason(ReasonCode.DEVICE_UNSUPPORTED, lack))
     wanted = {row: resolve_in(row, config, query.dtype).op_kwargs() for row in rows}
-    for problem in checks.recipe_problems(wanted):
+    for problem in checks.recipe_problems(wanted, head_dim):
         reasons.append(Reason(ReasonCode.RECIPE_UNSUPPORTED, problem))
     return reasons
 
@@ -355,7 +362,9 @@ def _exact_is_faster(
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
     batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
-    row = choose_row(config, rows_of(query.device), query.dtype)
+    row = choose_row(
+        config, rows_of(query.device), query.dtype, checks.largest_head_dim(query, value)
+    )
     return prefers_exact(
         _CPU_KERNEL if row == "cpu" else row,
         is_causal=is_causal,

@@ -195,8 +195,9 @@ def sdpa(
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
     recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
     rows = rows_of_type(query.device.type)
-    _require(checks.recipe_problems(dict.fromkeys(rows, recipe)))
     _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
+    head_dim = checks.largest_head_dim(query, value)
+    _require(checks.recipe_problems(dict.fromkeys(rows, recipe), head_dim))
     return empty_output(query, value.shape[3], output_order)
 
 
