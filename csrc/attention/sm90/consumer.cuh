@@ -24,15 +24,13 @@ __device__ __forceinline__ float decay(float from, float to) {
 template <class C>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const AttentionParams& params, const Schedule& schedule,
-                                      uint8_t* shared, Barriers<C> barriers,
-                                      const volatile int* work_index)
+  __device__ __forceinline__ Consumer(const AttentionParams& params, uint8_t* shared,
+                                      Barriers<C> barriers, const Work* works)
       : p_(params),
-        schedule_(schedule),
         shared_(shared),
         base_(shared_address(shared)),
         barriers_(barriers),
-        work_index_(work_index),
+        works_(works),
         warpgroup_(threadIdx.x / kWarpgroup),
         lane_(threadIdx.x % 32),
         row_in_block_(threadIdx.x / 32 * 16 + lane_ / 4),
@@ -87,12 +85,11 @@ class Consumer {
     slot_ = work_count_ & 1;
     barrier_wait(barriers_.query_full(slot_), (work_count_ >> 1) & 1);
     // Uniform for the compiler, too: wgmma in a branch that might diverge would be serialized.
-    const int index = __shfl_sync(~0u, work_index_[slot_], 0);
-    if (!__any_sync(~0u, index < schedule_.total)) return false;
-    const Work work = find_work(p_, schedule_, index);
+    const Work work = works_[slot_];
+    if (!__any_sync(~0u, work.steps > 0)) return false;
     batch_ = work.batch;
     head_ = work.head;
-    steps_ = work.steps;
+    steps_ = __shfl_sync(~0u, work.steps, 0);
     row_ = work.row_block * kRows + row_in_block_;
     const int place = slot_ * kRows + row_in_block_;
     const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
@@ -371,10 +368,10 @@ class Consumer {
     }
   }
 
-  // Scales and, behind them, shifts of the channels 2 * quad and the next, for the current group.
+  // Scales of the channels 2 * quad and the next, for the current group.
   __device__ __forceinline__ const float* group_scales() const {
     return reinterpret_cast<const float*>(shared_ + C::kValueScaleAt) +
-           group_count_ % C::kScaleSlots * 2 * C::kWidth + 2 * quad_;
+           group_count_ % C::kScaleSlots * C::kWidth + 2 * quad_;
   }
 
   // Adds the sums of a finished group of V to the fp32 buffer, relative to maxima `reference`.
@@ -387,8 +384,8 @@ class Consumer {
       sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key(p_, row_ + 8 * h);
       buffer_max_[h] = reference[h];
     }
-    // A row that sees nothing of the group must not be touched by its NaN.
-    if (__all_sync(~0u, sees[0] && sees[1])) {
+    const bool is_plain = sees[0] && sees[1] && old[0] == 1.f && old[1] == 1.f;
+    if (buffer_is_used_ && __all_sync(~0u, is_plain)) {
       add_group<true>(old, sees);
     } else {
       add_group<false>(old, sees);
@@ -398,45 +395,38 @@ class Consumer {
     group_count_++;
   }
 
-  template <bool kAllSee>
+  // kIsPlain: the maxima have not moved since the last group, and all rows see this one. A row that
+  // does not must not be touched by the group's NaN.
+  template <bool kIsPlain>
   __device__ __forceinline__ void add_group(const float (&old)[2], const bool (&sees)[2]) {
     const float* scales = group_scales();
-    const float sum[2] = {group_sum(0), group_sum(1)};
 #pragma unroll
     for (int j = 0; j < C::kWidth / 8; j++) {
       const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-      const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
       float4* place = reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup);
-      const float4 x = buffer_is_used_ ? *place : make_float4(0, 0, 0, 0);
-      float y[4] = {dequantize(4 * j, scale.x, shift.x, sum[0]),
-                    dequantize(4 * j + 1, scale.y, shift.y, sum[0]),
-                    dequantize(4 * j + 2, scale.x, shift.x, sum[1]),
-                    dequantize(4 * j + 3, scale.y, shift.y, sum[1])};
-      if constexpr (!kAllSee) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) y[i] = sees[i / 2] ? y[i] : 0.f;
+      float4 x = make_float4(0, 0, 0, 0);
+      if (kIsPlain || buffer_is_used_) x = *place;
+      if constexpr (kIsPlain) {
+        *place = make_float4(
+            fmaf(output(4 * j), scale.x, x.x), fmaf(output(4 * j + 1), scale.y, x.y),
+            fmaf(output(4 * j + 2), scale.x, x.z), fmaf(output(4 * j + 3), scale.y, x.w));
+      } else {
+        *place = make_float4(fmaf(x.x, old[0], sees[0] ? output(4 * j) * scale.x : 0.f),
+                             fmaf(x.y, old[0], sees[0] ? output(4 * j + 1) * scale.y : 0.f),
+                             fmaf(x.z, old[1], sees[1] ? output(4 * j + 2) * scale.x : 0.f),
+                             fmaf(x.w, old[1], sees[1] ? output(4 * j + 3) * scale.y : 0.f));
       }
-      *place = make_float4(fmaf(x.x, old[0], y[0]), fmaf(x.y, old[0], y[1]),
-                           fmaf(x.z, old[1], y[2]), fmaf(x.w, old[1], y[3]));
     }
     float2* place = reinterpret_cast<float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
     const float2 total = buffer_is_used_ ? *place : make_float2(0, 0);
-    *place = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
-  }
-
-  // Sum of P over the group.
-  __device__ __forceinline__ float group_sum(int h) const {
-    return output(C::kWidth / 2 + 2 * h) * (1.f / kOneInCode);
-  }
-  // Sum of P V over the group.
-  __device__ __forceinline__ float dequantize(int i, float scale, float shift, float sum) const {
-    return fmaf(output(i), scale, shift * sum);
+    *place = make_float2(fmaf(total.x, old[0], output(C::kWidth / 2)),
+                         fmaf(total.y, old[1], output(C::kWidth / 2 + 2)));
   }
 
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
   __device__ __forceinline__ void finish_work(bool& is_live) {
     const int last_stage = (count_ + steps_ - 1) % kStages;
-    const Place place{batch_, head_, row_};
+    const Place place(p_, batch_, head_, row_);
     const float top[2] = {max_[0], max_[1]};
     const float query_scale[2] = {query_scale_[0], query_scale_[1]};
     float poison[2], sum[2], shift[2];
@@ -448,6 +438,8 @@ class Consumer {
         shift[h] = lse_shift_[h];
       }
     }
+    const float* shift_of_value = reinterpret_cast<const float*>(shared_ + C::kValueShiftAt) +
+                                  (work_count_ - 1) % C::kShiftSlots * C::kWidth + 2 * quad_;
     count_ += steps_;
     is_live = begin();
     skip_keys(is_live);
@@ -459,13 +451,14 @@ class Consumer {
     group_count_++;
     skip_values(is_live);
     hold_output();
-    write(place, scales, top, poison, sum, shift);
+    write(place, scales, shift_of_value, top, poison, sum, shift);
   }
 
   __device__ __forceinline__ void write(const Place& place, const float* scales,
-                                        const float (&top)[2], float (&poison)[2],
-                                        float (&exact_sum)[2], const float (&lse_shift)[2]) {
-    float old[2], inverse[2], sum[2];
+                                        const float* shifts, const float (&top)[2],
+                                        float (&poison)[2], float (&exact_sum)[2],
+                                        const float (&lse_shift)[2]) {
+    float old[2], inverse[2];
     bool attends[2];
     float2 total = make_float2(0, 0);
     if (buffer_is_used_)
@@ -473,16 +466,16 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], top[h]);
-      sum[h] = group_sum(h);
       poison[h] += __shfl_xor_sync(~0u, poison[h], 1);
       poison[h] += __shfl_xor_sync(~0u, poison[h], 2);
       if constexpr (C::kHasLse) {
         exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 1);
         exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 2);
-        poison[h] = fmaf(exact_sum[h], 0.f, 0.f);
+        poison[h] = exact_sum[h] * 0.f;
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
-      inverse[h] = __fdividef(1.f, fmaf(h ? total.y : total.x, old[h], sum[h])) + poison[h];
+      const float sum = fmaf(h ? total.y : total.x, old[h], output(C::kWidth / 2 + 2 * h));
+      inverse[h] = __fdividef(kOneInCode, sum) + poison[h];
     }
     if constexpr (C::kHasLse) {
       if (p_.lse != nullptr && quad_ == 0) {
@@ -501,18 +494,18 @@ class Consumer {
       for (int k = 0; k < 4; k++) {
         const int j = j0 + k;
         const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-        const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
+        const float2 shift = *reinterpret_cast<const float2*>(shifts + 8 * j);
         float4 before = make_float4(0, 0, 0, 0);
         if (buffer_is_used_)
           before = *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
-        x[0][k][0] = fmaf(before.x, old[0], dequantize(4 * j, scale.x, shift.x, sum[0]));
-        x[0][k][1] = fmaf(before.y, old[0], dequantize(4 * j + 1, scale.y, shift.y, sum[0]));
-        x[1][k][0] = fmaf(before.z, old[1], dequantize(4 * j + 2, scale.x, shift.x, sum[1]));
-        x[1][k][1] = fmaf(before.w, old[1], dequantize(4 * j + 3, scale.y, shift.y, sum[1]));
+        x[0][k][0] = fmaf(fmaf(before.x, old[0], output(4 * j) * scale.x), inverse[0], shift.x);
+        x[0][k][1] = fmaf(fmaf(before.y, old[0], output(4 * j + 1) * scale.y), inverse[0], shift.y);
+        x[1][k][0] = fmaf(fmaf(before.z, old[1], output(4 * j + 2) * scale.x), inverse[1], shift.x);
+        x[1][k][1] = fmaf(fmaf(before.w, old[1], output(4 * j + 3) * scale.y), inverse[1], shift.y);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
-          for (int b = 0; b < 2; b++) x[h][k][b] = attends[h] ? x[h][k][b] * inverse[h] : 0.f;
+          for (int b = 0; b < 2; b++) x[h][k][b] = attends[h] ? x[h][k][b] : 0.f;
       }
       store_columns(p_, place, j0, quad_, x);
       // Keeps the blocks apart: all at once need more registers than there are.
@@ -524,11 +517,10 @@ class Consumer {
   static constexpr int kScores = Scores<kKeys>::kRegisters;
 
   const AttentionParams& p_;
-  const Schedule& schedule_;
   uint8_t* const shared_;
   const uint32_t base_;
   const Barriers<C> barriers_;
-  const volatile int* const work_index_;
+  const Work* const works_;
   const int warpgroup_, lane_, row_in_block_, quad_;
   float* const buffer_;  // sums of finished groups of V, then of P, relative to buffer_max_
 

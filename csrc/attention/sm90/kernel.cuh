@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared);
   if (base % 1024 != 0) __trap();  // the swizzles count on it
   const Barriers<C> barriers{base + C::kBarrierAt};
-  volatile int* work_index =
-      reinterpret_cast<volatile int*>(shared + C::kBarrierAt + 8 * (4 * kStages + 6));
+  Work* work = reinterpret_cast<Work*>(shared + C::kWorkAt);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; stage++) {
       barrier_init(barriers.key_full(stage), 1);
@@ -48,13 +47,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     give_registers<kProducerRegisters>();
     const int thread = threadIdx.x - kConsumers * kWarpgroup;
     if (thread == 0) {
-      fetch_keys_and_values<C>(p, s, base, barriers, work_index);
+      fetch_keys_and_values<C>(p, base, barriers, work);
     } else if (thread >= 32) {
-      quantize_queries<C>(p, s, shared, barriers, work_index, thread - 32);
+      quantize_queries<C>(p, s, shared, barriers, work, thread - 32);
     }
   } else {
     take_registers<kConsumerRegisters>();
-    Consumer<C>(p, s, shared, barriers, work_index).run();
+    Consumer<C>(p, shared, barriers, work).run();
   }
 }
 

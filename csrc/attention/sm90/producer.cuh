@@ -13,23 +13,20 @@ namespace torch_sage::sm90 {
 
 // K and V of every piece of work, last keys first, through kStages buffers.
 template <class C>
-__device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, const Schedule& s,
-                                                      uint32_t base, Barriers<C> barriers,
-                                                      const volatile int* work_index) {
+__device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, uint32_t base,
+                                                      Barriers<C> barriers, const Work* works) {
   constexpr int kScaleBytes = C::kWidth * 4;
   if (p.follows_prepare) wait_for_previous_kernel();
   int count = 0, group_count = 0;
   for (int i = 0;; i++) {
     barrier_wait(barriers.work_ready(i & 1), (i >> 1) & 1);
-    const int index = work_index[i & 1];
-    if (index >= s.total) return;
-    const Work work = find_work(p, s, index);
+    const Work work = works[i & 1];
+    if (work.steps == 0) return;
     const int64_t head = key_head(p, work), tiles = p.kv.tiles();
     const int8_t* keys = p.kv.key_codes + head * tiles * (kKeyTile * C::kWidth);
     const uint8_t* values = p.kv.value_codes + head * tiles * (kKeyTile * C::kWidth);
     const float* key_scales = p.kv.key_scales + head * tiles * 2;
     const float* value_scales = p.kv.value_scales + head * p.kv.groups() * C::kWidth;
-    const float* value_shift = p.kv.value_shift + head * p.kv.groups() * C::kWidth;
     for (int step = work.steps - 1; step >= 0; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
@@ -43,15 +40,11 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
           step == work.steps - 1 || step % kStepsPerGroup == kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
       barrier_expect(barriers.value_full(stage),
-                     kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
+                     kKeys * C::kWidth + (starts_group ? kScaleBytes : 0));
       if (starts_group) {
         const int64_t group = step / kStepsPerGroup;
-        const uint32_t slot =
-            base + C::kValueScaleAt + group_count % C::kScaleSlots * 2 * kScaleBytes;
-        copy_to_shared(slot, value_scales + group * C::kWidth, kScaleBytes,
-                       barriers.value_full(stage));
-        copy_to_shared(slot + kScaleBytes, value_shift + group * C::kWidth, kScaleBytes,
-                       barriers.value_full(stage));
+        copy_to_shared(base + C::kValueScaleAt + group_count % C::kScaleSlots * kScaleBytes,
+                       value_scales + group * C::kWidth, kScaleBytes, barriers.value_full(stage));
         group_count++;
       }
 #pragma unroll
@@ -107,23 +100,20 @@ struct Eight {
   }
 };
 
-// Row times the mean of K, which the scores lack, summed over the four threads of the row.
-template <bool kIsWide, int kChunks>
-__device__ __forceinline__ float dot_key_mean(const AttentionParams& p, const Work& work,
-                                              const Eight<kIsWide> (&x)[kChunks], int part) {
+// Adds the product of eight elements of a row with the mean of K, which the scores lack.
+template <bool kIsWide>
+__device__ __forceinline__ float add_key_mean(const AttentionParams& p, const Work& work,
+                                              const Eight<kIsWide>& x, int first_column,
+                                              float sum) {
   const float* mean = p.kv.key_mean + key_head(p, work) * p.key_mean_columns;
-  float dot = 0;
 #pragma unroll
-  for (int c = 0; c < kChunks; c++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float2 pair = x[c].pair(i, p.dtype);
-      const int column = c * 32 + part * 8 + 2 * i;
-      if (column < p.key_mean_columns) dot = fmaf(pair.x, mean[column], dot);
-      if (column + 1 < p.key_mean_columns) dot = fmaf(pair.y, mean[column + 1], dot);
-    }
-  dot += __shfl_xor_sync(~0u, dot, 1);
-  return dot + __shfl_xor_sync(~0u, dot, 2);
+  for (int i = 0; i < 4; i++) {
+    const float2 pair = x.pair(i, p.dtype);
+    const int column = first_column + 2 * i;
+    if (column < p.key_mean_columns) sum = fmaf(pair.x, mean[column], sum);
+    if (column + 1 < p.key_mean_columns) sum = fmaf(pair.y, mean[column + 1], sum);
+  }
+  return sum;
 }
 
 // Quantizes the query rows of one piece of work per row: codes to shared memory as wgmma's swizzle
@@ -142,28 +132,38 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
                          kBytes;
   const int64_t row_bytes = p.query_rows.stride_n * kBytes;
   const int valid_rows = min(kRows, p.seqlen_q - work.row_block * kRows);
-  const auto load = [&](Eight<kIsWide>(&x)[kChunks], int row) {
-#pragma unroll
-    for (int c = 0; c < kChunks; c++)
-      x[c].load(rows + row * row_bytes + c * 32 * kBytes,
-                row < valid_rows && c * 32 + part * 8 < p.head_dim);
+  const auto load = [&](Eight<kIsWide>& x, int row, int chunk) {
+    x.load(rows + row * row_bytes + chunk * 32 * kBytes,
+           row < valid_rows && chunk * 32 + part * 8 < p.head_dim);
   };
-  // 16-bit rows are fetched one ahead; of fp32 there are not enough registers for two.
-  Eight<kIsWide> next[kIsWide ? 1 : kChunks];
-  if constexpr (!kIsWide) load(next, thread >> 2);
+  // 16-bit rows are fetched one ahead; of fp32, for which there are not the registers, a row is
+  // read each time that it is needed.
+  Eight<kIsWide> x[kIsWide ? 1 : kChunks], next[kIsWide ? 1 : kChunks];
+  const auto fetch_next = [&](int row) {
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      if constexpr (!kIsWide) load(next[c], row, c);
+    }
+  };
+  const auto chunk_of = [&](int row, int c) -> const Eight<kIsWide>& {
+    if constexpr (kIsWide) {
+      load(x[0], row, c);
+      return x[0];
+    } else {
+      return x[c];
+    }
+  };
+  fetch_next(thread >> 2);
 #pragma unroll 1
   for (int row = thread >> 2; row < kRows; row += kStride) {
-    Eight<kIsWide> x[kChunks];
-    if constexpr (kIsWide) {
-      load(x, row);
-    } else {
+    if constexpr (!kIsWide) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) x[c] = next[c];
-      load(next, row + kStride);
+      fetch_next(row + kStride);
     }
     uint32_t largest = 0;
 #pragma unroll
-    for (int c = 0; c < kChunks; c++) largest = x[c].largest(largest);
+    for (int c = 0; c < kChunks; c++) largest = chunk_of(row, c).largest(largest);
     largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
     const float amax = p.dtype == Dtype::kFloat16 ? __half2float(__ushort_as_half(largest >> 16))
@@ -171,16 +171,17 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     const ScaleAndInverse scale = scale_and_inverse_127(amax);
     const float factor = p.scale < 0 ? -scale.inverse : scale.inverse;
     if (part == 0) scales[row] = __fmul_rn(scale.scale, fabsf(p.scale) * kLog2E);
-    if constexpr (C::kHasLse) {
-      const float dot = p.lse == nullptr ? 0.f : dot_key_mean(p, work, x, part);
-      if (part == 0) shifts[row] = dot * p.scale;
-    }
+    float dot = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
+      const Eight<kIsWide>& eight = chunk_of(row, c);
+      if constexpr (C::kHasLse) {
+        if (p.lse != nullptr) dot = add_key_mean(p, work, eight, c * 32 + part * 8, dot);
+      }
       uint32_t packed[2];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const float2 low = x[c].pair(2 * i, p.dtype), high = x[c].pair(2 * i + 1, p.dtype);
+        const float2 low = eight.pair(2 * i, p.dtype), high = eight.pair(2 * i + 1, p.dtype);
         packed[i] = pack_s8(__fmul_rn(low.x, factor), __fmul_rn(low.y, factor),
                             pack_s8(__fmul_rn(high.x, factor), __fmul_rn(high.y, factor), 0));
       }
@@ -189,35 +190,52 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
       *reinterpret_cast<uint2*>(codes + row * C::kWidth + place * 16 + (column & 8)) =
           make_uint2(packed[0], packed[1]);
     }
+    if constexpr (C::kHasLse) {
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
+      if (part == 0) shifts[row] = dot * p.scale;
+    }
+  }
+}
+
+// The average over all tokens of what the codes of V lack.
+template <class C>
+__device__ __forceinline__ void average_value_shift(const AttentionParams& p, const Work& work,
+                                                    float* shift, int thread) {
+  const int groups = static_cast<int>(p.kv.groups());
+  const float* from = p.kv.value_shift + key_head(p, work) * groups * C::kWidth;
+  const float whole = static_cast<float>(kValueGroup) / p.kv.seqlen;
+  for (int column = thread; column < C::kWidth; column += kQueryThreads) {
+    float sum = 0;
+    for (int group = 0; group < groups - 1; group++)
+      sum = fmaf(from[group * C::kWidth + column], whole, sum);
+    const float rest = 1.f - (groups - 1) * whole;
+    shift[column] = fmaf(from[(groups - 1) * C::kWidth + column], rest, sum);
   }
 }
 
 template <class C>
 __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const Schedule& s,
-                                                 uint8_t* shared, Barriers<C> barriers,
-                                                 volatile int* work_index, int thread) {
+                                                 uint8_t* shared, Barriers<C> barriers, Work* works,
+                                                 int thread) {
   for (int i = 0;; i++) {
     const int slot = i & 1;
     barrier_wait(barriers.query_empty(slot), ((i >> 1) & 1) ^ 1);
     if (thread == 0) {
       int index = blockIdx.x + i * gridDim.x;
-      if (i > 0 && p.work_counter != nullptr) {
-        if (i == 1 && p.follows_prepare) wait_for_previous_kernel();
-        index = gridDim.x + atomicAdd(p.work_counter, 1);
-      }
-      work_index[slot] = index;
+      if (i > 0 && p.work_counter != nullptr) index = gridDim.x + atomicAdd(p.work_counter, 1);
+      works[slot] = find_work(p, s, index);
       barrier_arrive(barriers.work_ready(slot));
     }
     named_barrier<7, kQueryThreads>();
-    const int index = work_index[slot];
-    if (index >= s.total) {
+    const Work work = works[slot];
+    if (work.steps == 0) {
       barrier_arrive(barriers.query_full(slot));
       return;
     }
     if constexpr (C::kHasLse) {  // reads the mean of K
       if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
     }
-    const Work work = find_work(p, s, index);
     uint8_t* codes = shared + C::kQueryAt + slot * kRows * C::kWidth;
     float* scales = reinterpret_cast<float*>(shared + C::kQueryScaleAt) + slot * kRows;
     float* shifts = reinterpret_cast<float*>(shared + C::kQueryShiftAt) + slot * kRows;
@@ -226,6 +244,11 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
     } else {
       quantize_query_rows<C, false>(p, work, codes, scales, shifts, thread);
     }
+    if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
+    average_value_shift<C>(
+        p, work,
+        reinterpret_cast<float*>(shared + C::kValueShiftAt) + i % C::kShiftSlots * C::kWidth,
+        thread);
     fence_async_proxy();
     barrier_arrive(barriers.query_full(slot));
   }

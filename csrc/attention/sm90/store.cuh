@@ -1,56 +1,56 @@
 // Writing results, in the dtype of the query.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <cstdint>
 
 #include "attention/sm90/params.h"
 
 namespace torch_sage::sm90 {
 
-// A thread's two rows are `row` and `row` + 8.
+// Where a thread's two rows, `row` and `row` + 8 of a head, go.
 struct Place {
-  int batch, head, row;
+  int64_t row_of_lse;
+  char* output;
+  int rows;  // from `row` to the end
+
+  __device__ __forceinline__ Place(const AttentionParams& p, int batch, int head, int row)
+      : row_of_lse((static_cast<int64_t>(batch) * p.heads_q + head) * p.seqlen_q + row),
+        output(static_cast<char*>(p.output) +
+               (batch * p.output_rows.stride_b + head * p.output_rows.stride_h +
+                row * p.output_rows.stride_n) *
+                   (p.dtype == Dtype::kFloat32 ? 4 : 2)),
+        rows(p.seqlen_q - row) {}
 };
 
 __device__ __forceinline__ void store_lse(const AttentionParams& p, const Place& place, int h,
                                           float lse) {
-  const int row = place.row + 8 * h;
-  if (row < p.seqlen_q)
-    p.lse[(static_cast<int64_t>(place.batch) * p.heads_q + place.head) * p.seqlen_q + row] = lse;
+  if (8 * h < place.rows) p.lse[place.row_of_lse + 8 * h] = lse;
 }
 
-// What is finite stays finite; NaN stays NaN.
-__device__ __forceinline__ float saturate(float x, float largest) {
-  x = x > largest ? largest : x;
-  return x < -largest ? -largest : x;
-}
-
+// Two halves; what is finite stays finite, NaN stays NaN.
 __device__ __forceinline__ uint32_t pack_halves(Dtype dtype, float low, float high) {
+  uint32_t packed;
   if (dtype == Dtype::kBFloat16) {
-    const __nv_bfloat162 pair =
-        __floats2bfloat162_rn(saturate(low, 0x1.fep127f), saturate(high, 0x1.fep127f));
-    return *reinterpret_cast<const uint32_t*>(&pair);
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
-  const __half2 pair = __floats2half2_rn(saturate(low, 65504.f), saturate(high, 65504.f));
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  return packed;
 }
 
 // Writes x[h][k][b]: row 8 h below, column 8 (block + k) + 2 quad + b of the thread's quad.
 __device__ __forceinline__ void store_columns(const AttentionParams& p, const Place& place,
                                               int block, int quad, const float (&x)[2][4][2]) {
-  const int64_t head = place.batch * p.output_rows.stride_b + place.head * p.output_rows.stride_h;
   if (p.dtype == Dtype::kFloat32) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int row = place.row + 8 * h;
-      float* to = static_cast<float*>(p.output) + head + row * p.output_rows.stride_n;
+      float* to = reinterpret_cast<float*>(place.output) + 8 * h * p.output_rows.stride_n;
 #pragma unroll
       for (int k = 0; k < 4; k++)
 #pragma unroll
         for (int b = 0; b < 2; b++) {
           const int column = 8 * (block + k) + 2 * quad + b;
-          if (row < p.seqlen_q && column < p.head_dim_v) to[column] = x[h][k][b];
+          if (8 * h < place.rows && column < p.head_dim_v) to[column] = x[h][k][b];
         }
     }
     return;
@@ -72,13 +72,13 @@ __device__ __forceinline__ void store_columns(const AttentionParams& p, const Pl
           (upper ? r[i] : r[i | step]) = got;
         }
     }
-    const int row = place.row + 8 * h;
-    uint16_t* to = static_cast<uint16_t*>(p.output) + head + row * p.output_rows.stride_n + first;
-    if (row >= p.seqlen_q) continue;
-    // Rows of the op's own output: aligned to 16 bytes wherever a row's length is.
-    if (first + 8 <= p.head_dim_v && p.head_dim_v % 8 == 0) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
-    } else {
+    uint16_t* to =
+        reinterpret_cast<uint16_t*>(place.output) + 8 * h * p.output_rows.stride_n + first;
+    // Rows of the op's own output are aligned to 16 bytes wherever their length is.
+    if (p.head_dim_v % 8 == 0) {
+      if (8 * h < place.rows && first < p.head_dim_v)
+        *reinterpret_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
+    } else if (8 * h < place.rows) {
 #pragma unroll
       for (int i = 0; i < 8; i++)
         if (first + i < p.head_dim_v) to[i] = static_cast<uint16_t>(r[i / 2] >> 16 * (i & 1));

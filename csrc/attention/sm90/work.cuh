@@ -13,9 +13,10 @@ struct Schedule {
   int section;  // heads at a time whose row blocks are handed out longest first; 0: by heads
 };
 
-struct Work {
+// As one thread finds it and all others read it from shared memory; divisions are slow.
+struct alignas(16) Work {
   int row_block, batch, head;
-  int steps;  // of kKeys keys; the last one first
+  int steps;  // of kKeys keys, the last one first; 0: there is no more work
 };
 
 // Last key visible to a row; below 0 if none is.
@@ -29,6 +30,7 @@ __device__ __forceinline__ int steps_until(const AttentionParams& p, int row) {
 }
 
 __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedule& s, int index) {
+  if (index >= s.total) return {0, 0, 0, 0};
   int block, head;
   if (s.section > 0) {
     const int per_section = s.section * s.row_blocks, section = index / per_section;
