@@ -69,7 +69,7 @@ def exact_attention(
         scores = scores + attn_mask.double()
     if causal != "none":
         diagonal = 0 if causal == "top_left" else m - n
-        visible = torch.ones(n, m, dtype=torch.bool).tril(diagonal)
+        visible = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(diagonal)
         scores = scores.masked_fill(~visible, -torch.inf)
     attends = (scores != -torch.inf).any(-1)
     weights = scores.softmax(-1)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from torch_sage.reference.quantize import E4M3_MAX, E4M3_RANGES
 
+E4M3_MAX_CODE = 126  # of 448; 127 is NaN
+
 Accumulator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Fraction bits that an FP8 MMA keeps of each term below the largest exponent among the 33 terms
@@ -48,6 +50,17 @@ def round_probabilities(p: Tensor, pv: str) -> Tensor:
     if pv == "int8":
         return (p * 127).round() * torch.tensor(1 / 127, dtype=torch.float32)
     return p.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def linear_probabilities(x: Tensor) -> Tensor:
+    """Return 2**x in E4M3 with a mantissa linear in x, truncated, as fp32.
+
+    E4M3 has 8 codes to a power of two and code 56 for 1, so the code is an affine function of x
+    and no exponential is needed. Relative to 2**x: -8.3 to +6.1 %.
+    """
+    codes = (8 * x + 56).trunc().clamp(0, E4M3_MAX_CODE)
+    values = codes.nan_to_num(0).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.where(x.isnan(), torch.nan, values)
 
 
 def sums_rounded_probabilities(pv: str) -> bool:

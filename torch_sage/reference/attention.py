@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sage.recipes import Recipe
+from torch_sage.recipes import EXPONENTIALS, Recipe
 from torch_sage.reference.accumulate import (
     Accumulator,
     probability_shift,
@@ -16,17 +16,17 @@ from torch_sage.reference.accumulate import (
     select_accumulator,
     sums_rounded_probabilities,
 )
-from torch_sage.reference.quantize import (
-    key_groups,
-    quantize_key,
-    quantize_query,
-    quantize_value,
-    query_groups,
-    smooth_query,
+from torch_sage.reference.grouped import PV as PV_OF_GROUPS
+from torch_sage.reference.grouped import online_by_groups
+from torch_sage.reference.operands import (
+    Operands,
+    Tile,
+    ValueFormat,
+    logits_base2,
+    quantize_operands,
+    visibility,
 )
-
-LOG2_E = math.log2(math.e)
-FP32_MAX = torch.finfo(torch.float32).max
+from torch_sage.reference.quantize import E4M3_RANGES
 
 
 class AttentionOutput(NamedTuple):
@@ -38,31 +38,6 @@ class AttentionOutput(NamedTuple):
     lse: Tensor
     """[B, Hq, N] fp32: natural log of the sum of exponentials of the scores; -inf for a row that
     sees no key."""
-
-
-class _Tile(NamedTuple):
-    block_q: int
-    block_k: int
-    warp: int
-    smooth_block: int
-
-
-class _Operands(NamedTuple):
-    """Quantized operands with scales per row and kv heads repeated."""
-
-    query_codes: Tensor  # [B, Hq, N, D], negated for a negative softmax scale
-    query_scales: Tensor  # [B, Hq, N]
-    key_codes: Tensor  # [B, Hq, M, D]
-    key_scales: Tensor  # [B, Hq, M]
-    value_codes: Tensor  # [B, Hq, M, Dv]
-    value_scales: Tensor  # [B, Hq, Dv]
-    value_mean: Tensor  # [B, Hq, Dv]
-    correction: Tensor | None  # fp64 Delta S [B, Hq, N, M], negated as query_codes
-    lse_shift: Tensor  # fp64 scale * (query . key_mean) [B, Hq, N]
-    bias: Tensor | None  # float mask [B, Hq, N, M], natural-log units
-    visible: Tensor  # bool [B, Hq, N, M]
-    scale_magnitude: float
-    exp2_error: float = 0.0
 
 
 def attention(
@@ -91,6 +66,9 @@ def attention(
     ranges: tuple[float, float] | None = None,
     sum_rounded: bool | None = None,
     exp2_error: float = 0.0,
+    value_group: int | None = None,
+    exponential: str = "exact",
+    lag: float = 0.0,
 ) -> AttentionOutput:
     """Compute attention as the recipe specifies it.
 
@@ -126,6 +104,13 @@ def attention(
         ranges: P_r and V_r of an E4M3 format; by default ``E4M3_RANGES``.
         sum_rounded: whether the row sum is taken from the rounded P; by default 2.6's choice.
         exp2_error: relative error given to 2**x, to see what a kernel's approximation may do.
+        value_group: tokens of V that share a scale per channel, all by default. The output then
+            also gets back what the codes of V lack on average (``value_shift``), the accumulator is
+            flushed after every group and sums the rounded P, too; only with pv="e4m3_fp16".
+        exponential: "exact", or with ``value_group`` also "mixed": half of the keys take a mantissa
+            that is linear in the score, truncated to E4M3 (the lse is always exact).
+        lag: with ``value_group``, how far (base 2) a row may exceed the maximum that P is relative
+            to before that moves.
 
     Returns:
         Output and lse; a row without a visible key has output 0 and lse -inf.
@@ -136,16 +121,17 @@ def attention(
     if precision not in ("recipe", "exact"):
         raise ValueError(f"precision must be one of ['recipe', 'exact'], got {precision!r}")
     _check_shapes(query, key, value)
-    probability_max, value_max = ranges or (None, None)
+    _check_groups(pv, value_group, exponential, accumulator, two_level, sum_rounded)
+    probability_max, value_max = ranges or E4M3_RANGES.get(pv, (1.0, 1.0))
     visible = visibility(query, key, attn_mask, causal)
-    ops = _quantize(
+    ops = quantize_operands(
         (query, key, value),
         (query_mean, key_mean, value_mean),
         Recipe(qk, granularity, pv, smooth),
-        _Tile(block_q, block_k, warp, smooth_block or block_q),
+        Tile(block_q, block_k, warp, smooth_block or block_q),
+        ValueFormat(value_max, value_group),
         query.shape[-1] ** -0.5 if scale is None else scale,
         visible,
-        value_max,
     )
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         ops = ops._replace(bias=attn_mask.expand(visible.shape))
@@ -154,9 +140,12 @@ def attention(
         output, lse = _exact(ops)
         return AttentionOutput(_saturate(output, query.dtype), lse)
     by_rounded = sums_rounded_probabilities(pv) if sum_rounded is None else sum_rounded
-    shift = probability_shift(pv, probability_max)
+    shift, tile = probability_shift(pv, probability_max), tile or block_k
     ops = ops._replace(exp2_error=exp2_error)
-    output, lse = _online(ops, pv, tile or block_k, shift, accumulate, two_level, by_rounded)
+    if value_group is None:
+        output, lse = _online(ops, pv, tile, shift, accumulate, two_level, by_rounded)
+    else:
+        output, lse = online_by_groups(ops, exponential, tile, shift, value_max, lag)
     return AttentionOutput(_saturate(output, query.dtype).to(query.dtype), lse)
 
 
@@ -203,28 +192,6 @@ def varlen_attention(
     return AttentionOutput(output, torch.cat([r.lse[0] for r in results], dim=-1))
 
 
-def visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, causal: str) -> Tensor:
-    """Return which keys each query may attend to, bool [B, Hq, N, M] (2.9).
-
-    Raises:
-        ValueError: for an unknown ``causal``, or a mask beside a causal one.
-    """
-    n, m = query.shape[-2], key.shape[-2]
-    offsets = {"none": m, "top_left": 0, "bottom_right": m - n}
-    if causal not in offsets:
-        raise ValueError(f"causal must be one of {list(offsets)}, got {causal!r}")
-    if attn_mask is not None and causal != "none":
-        raise ValueError(f"attn_mask must be None with causal={causal!r}, got a tensor")
-    shape = (*query.shape[:-1], m)
-    if attn_mask is None:
-        visible = torch.arange(m) <= torch.arange(n)[:, None] + offsets[causal]
-    elif attn_mask.dtype == torch.bool:
-        visible = attn_mask
-    else:
-        visible = attn_mask != -torch.inf
-    return visible.expand(shape)
-
-
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     b, h, _, d = query.shape
     if key.shape[0] != b or key.shape[-1] != d:
@@ -236,67 +203,39 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key must have a divisor of {h} heads, got {key.shape[1]}")
 
 
+def _check_groups(
+    pv: str,
+    value_group: int | None,
+    exponential: str,
+    accumulator: str | None,
+    two_level: bool,
+    sum_rounded: bool | None,
+) -> None:
+    """Refuse what scales of V per group of keys do not go with."""
+    valid = ["exact"] if value_group is None else list(EXPONENTIALS)
+    if exponential not in valid:
+        expected = f"be one of {valid} with value_group={value_group}"
+        raise ValueError(f"exponential must {expected}, got {exponential!r}")
+    if value_group is None:
+        return
+    if value_group < 1:
+        raise ValueError(f"value_group must be at least 1, got {value_group}")
+    if pv != PV_OF_GROUPS:
+        raise ValueError(f"pv must be {PV_OF_GROUPS!r} with value_group={value_group}, got {pv!r}")
+    if accumulator not in (None, "fp16") or not two_level or sum_rounded is False:
+        raise ValueError(
+            "accumulator must be 'fp16', two_level and sum_rounded True with value_group, got "
+            f"{accumulator!r}, {two_level} and {sum_rounded}"
+        )
+
+
 def _saturate(output: Tensor, dtype: torch.dtype) -> Tensor:
     """Keep what is finite within the output's type: a convex combination of V cannot leave it."""
     largest = torch.finfo(dtype).max
     return torch.where(output.isfinite(), output.clamp(-largest, largest), output)
 
 
-def _quantize(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    means: tuple[Tensor | None, Tensor | None, Tensor | None],
-    recipe: Recipe,
-    tile: _Tile,
-    scale: float,
-    visible: Tensor,
-    value_max: float | None,
-) -> _Operands:
-    query, key, value = inputs
-    smooth, rows = recipe.smooth, {"qk": recipe.qk, "granularity": recipe.granularity}
-    if smooth not in ("", "q", "k", "v", "qk", "qv", "kv", "qkv"):
-        raise ValueError(f"smooth must be letters of 'qkv' in this order, got {smooth!r}")
-    groups_of_query, _ = query_groups(query.shape[-2], recipe.granularity, tile.block_q, tile.warp)
-    groups_of_key, _ = key_groups(key.shape[-2], recipe.granularity, tile.block_k)
-    group = query.shape[1] // key.shape[1]
-
-    def per_query_head(x: Tensor) -> Tensor:
-        return x.repeat_interleave(group, dim=1)
-
-    k_codes, k_scales, k_mean = quantize_key(
-        key, means[1], smooth="k" in smooth, block=tile.block_k, **rows
-    )
-    v_codes, v_scales, v_mean = quantize_value(
-        value, means[2], smooth="v" in smooth, pv=recipe.pv, value_max=value_max
-    )
-    # E6: fold the sign of the softmax scale into Q; code ranges are symmetric, so this is exact.
-    sign = -1.0 if scale < 0 else 1.0
-    q_input, correction = query.float(), None
-    if "q" in smooth:
-        if means[0] is None:
-            q_input, q_mean = smooth_query(query, tile.smooth_block)
-        else:
-            q_mean = means[0][..., None, :].expand(query.shape)
-            q_input = query.float() - q_mean
-        smoothed_key = per_query_head(key.float() - k_mean[..., None, :])
-        correction = sign * (q_mean.double() @ smoothed_key.mT.double())
-    q_codes, q_scales = quantize_query(q_input, block=tile.block_q, warp=tile.warp, **rows)
-    return _Operands(
-        query_codes=q_codes if sign > 0 else -q_codes,
-        query_scales=q_scales[..., groups_of_query],
-        key_codes=per_query_head(k_codes),
-        key_scales=per_query_head(k_scales)[..., groups_of_key],
-        value_codes=per_query_head(v_codes),
-        value_scales=per_query_head(v_scales),
-        value_mean=per_query_head(v_mean),
-        correction=correction,
-        lse_shift=scale * (query.double() * per_query_head(k_mean)[..., None, :]).sum(-1),
-        bias=None,
-        visible=visible,
-        scale_magnitude=abs(scale),
-    )
-
-
-def _exact(ops: _Operands) -> AttentionOutput:
+def _exact(ops: Operands) -> AttentionOutput:
     """Continue in fp64 from the quantized operands: no further rounding worth mentioning."""
     scores = ops.query_codes.double() @ ops.key_codes.double().mT
     scores = scores * (ops.query_scales.double()[..., None] * ops.key_scales.double()[..., None, :])
@@ -306,14 +245,16 @@ def _exact(ops: _Operands) -> AttentionOutput:
     if ops.bias is not None:
         scores = scores + ops.bias.double()
     scores = scores.masked_fill(~ops.visible, -torch.inf)
+    output = torch.zeros(*scores.shape[:-1], ops.value_codes.shape[-1]).to(scores)
     if scores.shape[-1] == 0:
-        scores = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-        ops = ops._replace(value_codes=torch.zeros_like(ops.value_scales)[..., None, :])
+        return AttentionOutput(output, torch.full_like(scores.sum(-1), -torch.inf))
     top = scores.amax(-1, keepdim=True)
     p = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp()
     total = p.sum(-1, keepdim=True)
-    values = ops.value_codes.double() * ops.value_scales.double()[..., None, :]
-    output = p @ values / total + ops.value_mean.double()[..., None, :]
+    for keys, scales, reads in ops.value_groups():
+        values = ops.value_codes[..., keys, :].double() * scales.double()
+        output = output + torch.where(reads[..., None], p[..., keys] @ values, 0.0)
+    output = output / total + ops.value_shift.double()[..., None, :]
     lse = (top + total.log()).squeeze(-1) + ops.lse_shift
     attends = total.squeeze(-1) != 0
     return AttentionOutput(
@@ -321,23 +262,8 @@ def _exact(ops: _Operands) -> AttentionOutput:
     )
 
 
-def _logits_base2(ops: _Operands, keys: slice) -> Tensor:
-    """E5-E7: fp32 base-2 logits of one key tile; hidden keys are -inf by selection."""
-    # int32 sums stay below 2**24 for head_dim <= 1040, so fp32 holds them exactly.
-    codes = ops.query_codes.float() @ ops.key_codes[..., keys, :].float().mT
-    kappa = torch.tensor(ops.scale_magnitude * LOG2_E, dtype=torch.float32)
-    z = codes * ((ops.query_scales * kappa)[..., None] * ops.key_scales[..., None, keys])
-    if ops.correction is not None:
-        z = z + kappa * ops.correction[..., keys].float()
-    if ops.bias is not None:
-        bias = ops.bias[..., keys].float()
-        finite = (bias * LOG2_E).clamp(-FP32_MAX, FP32_MAX)
-        z = z + torch.where(bias.isfinite(), finite, bias)
-    return z.masked_fill(~ops.visible[..., keys], -torch.inf)
-
-
 def _online(
-    ops: _Operands,
+    ops: Operands,
     pv: str,
     tile: int,
     shift: float,
@@ -347,13 +273,14 @@ def _online(
 ) -> AttentionOutput:
     """E8-E12: online softmax over key tiles in ascending order, in fp32."""
     rows = ops.query_codes.shape[:-1]
-    top = torch.full(rows, -torch.inf)
-    total, total_rounded = torch.zeros(rows), torch.zeros(rows)
-    accumulated = torch.zeros(*rows, ops.value_codes.shape[-1])
+    device = ops.query_codes.device
+    top = torch.full(rows, -torch.inf, device=device)
+    total, total_rounded = torch.zeros(2, *rows, device=device)
+    accumulated = torch.zeros(*rows, ops.value_codes.shape[-1], device=device)
     seqlen_k = ops.key_codes.shape[-2]
     for start in range(0, seqlen_k, tile):
         keys = slice(start, min(start + tile, seqlen_k))
-        z = _logits_base2(ops, keys)
+        z = logits_base2(ops, keys)
         new_top = torch.maximum(top, z.amax(-1) - shift)
         origin = new_top.masked_fill(new_top == -torch.inf, 0.0)
         alpha = (top - origin).exp2()
@@ -369,8 +296,8 @@ def _online(
             accumulated = accumulate(decayed, rounded, values)
         top = new_top
     divisor = total_rounded if by_rounded else total
-    output = accumulated / divisor[..., None] * ops.value_scales[..., None, :]
-    output = output + ops.value_mean[..., None, :]
+    output = accumulated / divisor[..., None] * ops.value_scales
+    output = output + ops.value_shift[..., None, :]
     lse = math.log(2) * (top + total.log2()) + ops.lse_shift.float()
     attends = total != 0
     return AttentionOutput(

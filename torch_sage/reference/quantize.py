@@ -6,6 +6,8 @@ on every device; only the means are free (fp32, 1e-5 relative). A scale multipli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ BF16_MAX = torch.finfo(torch.bfloat16).max
 # before it is flushed, so there 64 * P * V <= 65504; of the feasible pairs (112, 9) keeps most of V
 # behind an attention sink (algorithm.md 2.5: relative L1 .037, against .096 of (448, 2.25)).
 E4M3_RANGES = {"e4m3": (448.0, 448.0), "e4m3_fp16": (112.0, 9.0)}
+
+# Granularity "token_thread": Q as "token", K as "thread" in blocks of so many rows.
+TOKEN_THREAD_BLOCK = 128
 
 # R3: an all-zero group still has a scale > 0, and scale and inverse stay normal numbers.
 AMAX_FLOOR = 2.0**-100
@@ -39,11 +44,15 @@ def query_groups(seqlen: int, granularity: str, block: int, warp: int) -> tuple[
         return n // warp, blocks * (block // warp)
     if granularity == "thread":
         return 8 * (n // warp) + n % 8, blocks * (block // warp) * 8
+    if granularity == "token_thread":
+        granularity = "token"
     return _common_groups(n, granularity, block)
 
 
 def key_groups(seqlen: int, granularity: str, block: int) -> tuple[Tensor, int]:
     """Return the scale index of every key row and the number of scales (table of 2.2)."""
+    if granularity == "token_thread":
+        granularity, block = "thread", TOKEN_THREAD_BLOCK
     m = torch.arange(seqlen)
     blocks = -(-seqlen // block)
     if granularity == "warp":
@@ -63,8 +72,8 @@ def _common_groups(rows: Tensor, granularity: str, block: int) -> tuple[Tensor, 
     if granularity == "block":
         return rows // block, -(-len(rows) // block)
     raise ValueError(
-        "granularity must be one of ['token', 'thread', 'warp', 'block', 'tensor'],"
-        f" got {granularity!r}"
+        "granularity must be one of ['token', 'thread', 'warp', 'block', 'tensor',"
+        f" 'token_thread'], got {granularity!r}"
     )
 
 
@@ -128,6 +137,7 @@ def quantize_value(
     smooth: bool = False,
     pv: str = "bf16",
     value_max: float | None = None,
+    group: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize V per channel, after subtracting its token mean (E4) if ``smooth``.
 
@@ -141,13 +151,24 @@ def quantize_value(
         pv: format of the codes.
         value_max: magnitude that the largest |V| of a channel gets in E4M3 (V_r), an E4M3 value;
             the default is that of ``E4M3_RANGES``.
+        group: tokens that share a scale per channel, all by default.
 
     Returns:
-        Codes [B, Hkv, M, Dv] in the format's dtype and natural order, fp32 scales [B, Hkv, Dv], and
-        the fp32 mean [B, Hkv, Dv] that was subtracted (zeros without smoothing).
+        Codes [B, Hkv, M, Dv] in the format's dtype and natural order, fp32 scales [B, Hkv, Dv], or
+        [B, Hkv, groups, Dv] if ``group`` is given, and the fp32 mean [B, Hkv, Dv] that was
+        subtracted (zeros without smoothing).
     """
+    if group is not None:
+        if smooth and mean is None:
+            mean = token_mean(value)
+        options: dict[str, Any] = {"smooth": smooth, "pv": pv, "value_max": value_max}
+        tokens = torch.split(value, group, dim=-2)
+        parts = [quantize_value(part, mean, **options) for part in tokens]
+        of_groups, per_group, means = zip(*parts, strict=True)
+        return torch.cat(of_groups, dim=-2), torch.stack(per_group, dim=-2), means[0]
     x, mean = _subtract_mean(value, mean, smooth)
-    amax = _amax(x.abs().view(torch.int32).mT, torch.arange(x.shape[-1]), x.shape[-1])
+    channels = torch.arange(x.shape[-1], device=x.device)
+    amax = _amax(x.abs().view(torch.int32).mT, channels, len(channels))
     if pv in E4M3_RANGES:
         top = E4M3_RANGES[pv][1] if value_max is None else value_max
         scales, inverse = _scale_and_inverse(amax, top)
@@ -170,6 +191,20 @@ def quantize_value(
         raise ValueError(f"pv must be one of {valid}, got {pv!r}")
     poisoned = scales[..., None, :].isnan()
     return torch.where(poisoned, 0.0, codes).to(dtype), scales, mean
+
+
+def value_shift(value: Tensor, mean: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Return what the output gets back for each group of V, fp64 [B, Hkv, groups, Dv].
+
+    That is the mean, and what the codes of the group lack on average; not the latter where the
+    scale is NaN.
+    """
+    x = (value.float() - mean[..., None, :]).double()
+    tokens, their_codes = (torch.split(y, group, dim=-2) for y in (x, codes))
+    parts = zip(tokens, their_codes, scales.unbind(-2), strict=True)
+    lacks = [(x - c.double() * s.double()[..., None, :]).mean(-2) for x, c, s in parts]
+    lack = torch.stack(lacks, dim=-2)
+    return mean.double()[..., None, :] + torch.where(lack.isfinite(), lack, 0.0)
 
 
 def smooth_query(query: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
@@ -215,6 +250,7 @@ def _quantize_rows(x: Tensor, group_of_row: Tensor, groups: int, qk: str) -> tup
     if qk not in CODE_MAX:
         raise ValueError(f"qk must be one of {list(CODE_MAX)}, got {qk!r}")
     code_max = CODE_MAX[qk]
+    group_of_row = group_of_row.to(x.device)
     amax = _amax(x.abs().view(torch.int32), group_of_row, groups)
     scales, inverse = _scale_and_inverse(amax, code_max)
     rounded = (x * inverse[..., group_of_row, None]).round().clamp(-code_max, code_max)
@@ -227,7 +263,7 @@ def _amax(bits: Tensor, group_of_row: Tensor, groups: int) -> Tensor:
 
     As integers, NaN > Inf > finite, so the maximum is exact, order-free and propagates NaN.
     """
-    zero = torch.zeros((*bits.shape[:-2], groups), dtype=torch.int32)
+    zero = bits.new_zeros((*bits.shape[:-2], groups))
     if bits.numel() == 0:
         return zero.view(torch.float32)
     rows = bits.amax(-1)

@@ -1,0 +1,89 @@
+"""Attention whose V has scales for groups of keys, as on Hopper's tensor cores.
+
+Inside a group E4M3 products are summed in fp16, which is flushed to fp32 at its end; a channel of
+ones behind V sums P in the same way. Keys are taken from the last to the first, and the maximum
+that P is relative to follows late: fewer rescalings, at most 2**lag above the nominal range of P.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_sage.reference.accumulate import (
+    accumulate_fp8_fp16,
+    linear_probabilities,
+    round_probabilities,
+)
+from torch_sage.reference.operands import Operands, logits_base2
+
+PV = "e4m3_fp16"
+
+# Rows whose reference maxima move together: those of one warp of a 64-row wgmma.
+WARP_ROWS = 16
+
+# Of 64 keys, the columns from here on take the linear mantissa where the exponential is "mixed".
+LINEAR_PERIOD, LINEAR_START = 64, 32
+
+
+def online_by_groups(
+    ops: Operands, exponential: str, tile: int, shift: float, one: float, lag: float
+) -> tuple[Tensor, Tensor]:
+    """E8-E12 with steps of ``tile`` keys that do not cross groups; output and lse in fp32.
+
+    Args:
+        ops: the operands.
+        exponential: "exact" or "mixed".
+        tile: keys of a step.
+        shift: log2 of P at the reference maximum.
+        one: code of the ones that sum P.
+        lag: how far in base 2 a row may exceed its reference maximum before it moves.
+    """
+    rows, device = ops.query_codes.shape[:-1], ops.query_codes.device
+    reference = torch.full(rows, -torch.inf, device=device)
+    total = torch.zeros(rows, device=device)
+    ones = ops.value_codes.new_full((*ops.value_codes.shape[:-1], 1), one, dtype=torch.float32)
+    values = torch.cat((ops.value_codes.float(), ones), dim=-1)
+    flushed = torch.zeros(*rows, values.shape[-1], device=device)
+    for keys_of_group, scales, reads in reversed(list(ops.value_groups())):
+        held = torch.zeros_like(flushed)
+        for start in reversed(range(keys_of_group.start, keys_of_group.stop, tile)):
+            keys = slice(start, min(start + tile, keys_of_group.stop))
+            z = logits_base2(ops, keys)
+            moved = _move(reference, z.amax(-1), lag)
+            alpha = torch.where(reference == moved, 1.0, (reference - moved).exp2())
+            reference = moved
+            origin = reference.masked_fill(reference == -torch.inf, 0.0)
+            x = z - origin[..., None] + shift
+            p = x.exp2() * (1 + ops.exp2_error)
+            rounded = round_probabilities(p, PV)
+            if exponential == "mixed":
+                column = torch.arange(keys.start, keys.stop, device=device) % LINEAR_PERIOD
+                linear = linear_probabilities(x + math.log2(1 + ops.exp2_error))
+                rounded = torch.where(column >= LINEAR_START, linear, rounded)
+            total = alpha * total + p.sum(-1)
+            flushed = alpha[..., None] * flushed
+            held = (alpha.half().float()[..., None] * held).half().float()
+            held = accumulate_fp8_fp16(held, rounded, values[..., keys, :])
+        scale_of_one = torch.full_like(scales[..., :1], 1 / one)
+        scaled = held * torch.cat((scales, scale_of_one), dim=-1)
+        flushed = flushed + torch.where(reads[..., None], scaled, 0.0)
+    output = flushed[..., :-1] / flushed[..., -1:] + ops.value_shift.float()[..., None, :]
+    lse = math.log(2) * (reference - shift + total.log2()) + ops.lse_shift.float()
+    attends = total != 0
+    return (
+        torch.where(attends[..., None], output, 0.0),
+        torch.where(attends, lse, -torch.inf),
+    )
+
+
+def _move(reference: Tensor, top: Tensor, lag: float) -> Tensor:
+    """Return the new reference maxima: of whole warps, where one row exceeds its own by ``lag``."""
+    exceeds = top > reference + lag
+    warps = -(-exceeds.shape[-1] // WARP_ROWS)
+    padded = torch.nn.functional.pad(exceeds, (0, -exceeds.shape[-1] % WARP_ROWS))
+    by_warp = padded.reshape(*exceeds.shape[:-1], warps, WARP_ROWS).any(-1)
+    moves = by_warp.repeat_interleave(WARP_ROWS, -1)[..., : exceeds.shape[-1]]
+    return torch.where(moves, torch.maximum(reference, top), reference)
