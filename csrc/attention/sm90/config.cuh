@@ -44,8 +44,7 @@ struct Config {
   static constexpr int kPanelBytes = kOutputColumns * kKeyTile;
   static constexpr int kValueBytes = kKeys / kKeyTile * kPanelBytes;
   static constexpr int kBufferFloats = kOutputColumns / 2;  // of O, per thread
-  static constexpr int kScaleSlots = 4;  // groups of V whose scales may be in use at once
-  static constexpr int kShiftSlots = 4;  // the same of pieces of work and their shifts of V
+  static constexpr int kScaleSlots = 4;  // groups of V whose scales and shifts may be in use
 
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + 2 * kRows * kWidth;
@@ -54,8 +53,7 @@ struct Config {
   static constexpr int kQueryScaleAt = kKeyScaleAt + kStages * 16;
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
   static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
-  static constexpr int kValueShiftAt = kValueScaleAt + kScaleSlots * kWidth * 4;
-  static constexpr int kWorkAt = kValueShiftAt + kShiftSlots * kWidth * 4;
+  static constexpr int kWorkAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;
   static constexpr int kBarrierAt = kWorkAt + 2 * 16;
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;

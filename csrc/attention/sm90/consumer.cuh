@@ -50,29 +50,7 @@ class Consumer {
       buffer_max_[0] = buffer_max_[1] = -INFINITY;
       max_[0] = max_[1] = -INFINITY;
       poison_[0] = poison_[1] = 0.f;
-      float factor[2];
-      wgmma_wait<0>();
-      exponentiate(skip_, factor);
-      if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + skip_) % kStages));
-      pack();
-#pragma unroll 1
-      for (int n = skip_ + 1; n < steps_; n++) {
-        multiply_keys(n, true);
-        multiply_values(n - 1);
-        wgmma_wait<1>();
-        const float old_max[2] = {max_[0], max_[1]};
-        const bool moved = exponentiate(n, factor);
-        if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
-        wgmma_wait<0>();
-        if (lane_ == 0) barrier_arrive(barriers_.value_empty((count_ + n - 1) % kStages));
-        hold_output();
-        if ((steps_ - n) % kStepsPerGroup == 0) {
-          promote((steps_ - n) / kStepsPerGroup, old_max);
-        } else if (moved) {
-          rescale(factor);
-        }
-        pack();
-      }
+      attend();
       if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
       multiply_values(steps_ - 1);
       finish_work(is_live);
@@ -80,6 +58,68 @@ class Consumer {
   }
 
  private:
+  // All steps of a piece of work, but for the product of the last P with V. Keys may be hidden in
+  // the first steps only, which have a loop of their own; so has what comes between two promotions:
+  // the instructions of the common case lie close together.
+  __device__ __forceinline__ void attend() {
+    float factor[2], old_max[2];
+    wgmma_wait<0>();
+    if (skip_ < whole_from_) {
+      exponentiate<true>(skip_, factor);
+    } else {
+      exponentiate<false>(skip_, factor);
+    }
+    if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + skip_) % kStages));
+    pack();
+    int n = skip_ + 1;
+#pragma unroll 1
+    for (; n < min(steps_, whole_from_); n++) {
+      const bool moved = take_step<true>(n, factor, old_max);
+      if (ends_group(n)) {
+        promote<false>(n, old_max);
+      } else if (moved) {
+        rescale(factor);
+      }
+      pack();
+    }
+#pragma unroll 1
+    while (n < steps_) {
+#pragma unroll 1
+      while (true) {
+        const bool moved = take_step<false>(n, factor, old_max);
+        if (ends_group(n)) break;
+        if (moved) rescale(factor);
+        pack();
+        if (++n == steps_) return;
+      }
+      promote<true>(n, old_max);
+      pack();
+      n++;
+    }
+  }
+
+  // Scores and P of step n; P V of the one before is added.
+  template <bool kHasHidden>
+  __device__ __forceinline__ bool take_step(int n, float (&factor)[2], float (&old_max)[2]) {
+    multiply_keys(n, true);
+    multiply_values(n - 1);
+    wgmma_wait<1>();
+    old_max[0] = max_[0];
+    old_max[1] = max_[1];
+    const bool moved = exponentiate<kHasHidden>(n, factor);
+    if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
+    wgmma_wait<0>();
+    if (lane_ == 0) barrier_arrive(barriers_.value_empty((count_ + n - 1) % kStages));
+    hold_output();
+    return moved;
+  }
+
+  __device__ __forceinline__ int first_key(int n) const { return (steps_ - 1 - n) * kKeys; }
+  // Whether the step before n was the last of its value group.
+  __device__ __forceinline__ bool ends_group(int n) const {
+    return (steps_ - n) % kStepsPerGroup == 0;
+  }
+
   // Takes the next piece of work; false if there is none.
   __device__ __forceinline__ bool begin() {
     slot_ = work_count_ & 1;
@@ -107,7 +147,9 @@ class Consumer {
     const int last_row = work.row_block * kRows + warpgroup_ * 64 + 63;
     skip_ = max(steps_ - steps_until(p_, last_row), 0);
     skip_ = __shfl_sync(~0u, skip_, 0);
-    first_row_last_key_ = last_key(p_, last_row - 63);
+    // Steps up to `whole` have only keys that all rows see.
+    const int whole = (last_key(p_, last_row - 63) + 1) / kKeys;
+    whole_from_ = __shfl_sync(~0u, steps_ - max(whole, 0), 0);
     work_count_++;
     return true;
   }
@@ -163,15 +205,14 @@ class Consumer {
   // Turns the scores of step n into P: floats, or floats that truncate to E4M3 codes where the
   // column takes the linear mantissa. Returns whether the warp's reference maxima moved, and then
   // the factors of what was summed before.
+  template <bool kHasHidden>
   __device__ __forceinline__ bool exponentiate(int n, float (&factor)[2]) {
     const float scale[2] = {query_scale_[0] * key_scale_, query_scale_[1] * key_scale_};
-    const int first_key = (steps_ - 1 - n) * kKeys;
-    const bool has_hidden = first_key + kKeys - 1 > first_row_last_key_;
     float top[2];
     if constexpr (C::kHasMask) {
-      add_mask(first_key, scale, top);
+      add_mask(first_key(n), scale, top);
     } else {
-      find_top(first_key, has_hidden, scale, top);
+      find_top<kHasHidden>(first_key(n), scale, top);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -191,7 +232,7 @@ class Consumer {
     if constexpr (C::kHasMask) {
       exponentiate_logits();
     } else {
-      exponentiate_scores(first_key, has_hidden, scale);
+      exponentiate_scores<kHasHidden>(first_key(n), scale);
     }
     if constexpr (C::kHasLse) {
 #pragma unroll
@@ -208,9 +249,10 @@ class Consumer {
   }
 
   // The maxima of this thread's scores, from the integers: all have one K scale.
-  __device__ __forceinline__ void find_top(int first_key, bool has_hidden, const float (&scale)[2],
+  template <bool kHasHidden>
+  __device__ __forceinline__ void find_top(int first_key, const float (&scale)[2],
                                            float (&top)[2]) {
-    if (has_hidden) {
+    if constexpr (kHasHidden) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
@@ -240,8 +282,8 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void exponentiate_scores(int first_key, bool has_hidden,
-                                                      const float (&scale)[2]) {
+  template <bool kHasHidden>
+  __device__ __forceinline__ void exponentiate_scores(int first_key, const float (&scale)[2]) {
     float slope[2], exact[2], linear[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -260,7 +302,7 @@ class Consumer {
           s_[i] = __float_as_int(is_exact(j) ? exp2_approx(fmaf(score, scale[h], exact[h]))
                                              : fmaf(score, slope[h], linear[h]));
         }
-    if (has_hidden) {
+    if constexpr (kHasHidden) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
@@ -368,14 +410,17 @@ class Consumer {
     }
   }
 
-  // Scales of the channels 2 * quad and the next, for the current group.
+  // Scales and, behind them, shifts of the channels 2 * quad and the next, for the current group.
   __device__ __forceinline__ const float* group_scales() const {
     return reinterpret_cast<const float*>(shared_ + C::kValueScaleAt) +
-           group_count_ % C::kScaleSlots * C::kWidth + 2 * quad_;
+           group_count_ % C::kScaleSlots * 2 * C::kWidth + 2 * quad_;
   }
 
   // Adds the sums of a finished group of V to the fp32 buffer, relative to maxima `reference`.
-  __device__ __forceinline__ void promote(int group, const float (&reference)[2]) {
+  // The step before `n` was the group's last.
+  template <bool kMayBePlain>
+  __device__ __forceinline__ void promote(int n, const float (&reference)[2]) {
+    const int group = (steps_ - n) / kStepsPerGroup;
     float old[2];
     bool sees[2];
 #pragma unroll
@@ -385,7 +430,7 @@ class Consumer {
       buffer_max_[h] = reference[h];
     }
     const bool is_plain = sees[0] && sees[1] && old[0] == 1.f && old[1] == 1.f;
-    if (buffer_is_used_ && __all_sync(~0u, is_plain)) {
+    if (kMayBePlain && buffer_is_used_ && __all_sync(~0u, is_plain)) {
       add_group<true>(old, sees);
     } else {
       add_group<false>(old, sees);
@@ -400,27 +445,39 @@ class Consumer {
   template <bool kIsPlain>
   __device__ __forceinline__ void add_group(const float (&old)[2], const bool (&sees)[2]) {
     const float* scales = group_scales();
+    const float sum[2] = {group_sum(0), group_sum(1)};
 #pragma unroll
     for (int j = 0; j < C::kWidth / 8; j++) {
       const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+      const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
       float4* place = reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup);
       float4 x = make_float4(0, 0, 0, 0);
       if (kIsPlain || buffer_is_used_) x = *place;
       if constexpr (kIsPlain) {
-        *place = make_float4(
-            fmaf(output(4 * j), scale.x, x.x), fmaf(output(4 * j + 1), scale.y, x.y),
-            fmaf(output(4 * j + 2), scale.x, x.z), fmaf(output(4 * j + 3), scale.y, x.w));
+        x = {dequantize(4 * j, scale.x, fmaf(shift.x, sum[0], x.x)),
+             dequantize(4 * j + 1, scale.y, fmaf(shift.y, sum[0], x.y)),
+             dequantize(4 * j + 2, scale.x, fmaf(shift.x, sum[1], x.z)),
+             dequantize(4 * j + 3, scale.y, fmaf(shift.y, sum[1], x.w))};
       } else {
-        *place = make_float4(fmaf(x.x, old[0], sees[0] ? output(4 * j) * scale.x : 0.f),
-                             fmaf(x.y, old[0], sees[0] ? output(4 * j + 1) * scale.y : 0.f),
-                             fmaf(x.z, old[1], sees[1] ? output(4 * j + 2) * scale.x : 0.f),
-                             fmaf(x.w, old[1], sees[1] ? output(4 * j + 3) * scale.y : 0.f));
+        x.x = fmaf(x.x, old[0], sees[0] ? dequantize(4 * j, scale.x, shift.x * sum[0]) : 0.f);
+        x.y = fmaf(x.y, old[0], sees[0] ? dequantize(4 * j + 1, scale.y, shift.y * sum[0]) : 0.f);
+        x.z = fmaf(x.z, old[1], sees[1] ? dequantize(4 * j + 2, scale.x, shift.x * sum[1]) : 0.f);
+        x.w = fmaf(x.w, old[1], sees[1] ? dequantize(4 * j + 3, scale.y, shift.y * sum[1]) : 0.f);
       }
+      *place = x;
     }
     float2* place = reinterpret_cast<float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
     const float2 total = buffer_is_used_ ? *place : make_float2(0, 0);
-    *place = make_float2(fmaf(total.x, old[0], output(C::kWidth / 2)),
-                         fmaf(total.y, old[1], output(C::kWidth / 2 + 2)));
+    *place = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
+  }
+
+  // Sum of P over the group.
+  __device__ __forceinline__ float group_sum(int h) const {
+    return output(C::kWidth / 2 + 2 * h) * (1.f / kOneInCode);
+  }
+  // Number i of the group's P V, without the shift, plus `rest`.
+  __device__ __forceinline__ float dequantize(int i, float scale, float rest) const {
+    return fmaf(output(i), scale, rest);
   }
 
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
@@ -438,8 +495,6 @@ class Consumer {
         shift[h] = lse_shift_[h];
       }
     }
-    const float* shift_of_value = reinterpret_cast<const float*>(shared_ + C::kValueShiftAt) +
-                                  (work_count_ - 1) % C::kShiftSlots * C::kWidth + 2 * quad_;
     count_ += steps_;
     is_live = begin();
     skip_keys(is_live);
@@ -451,14 +506,13 @@ class Consumer {
     group_count_++;
     skip_values(is_live);
     hold_output();
-    write(place, scales, shift_of_value, top, poison, sum, shift);
+    write(place, scales, top, poison, sum, shift);
   }
 
   __device__ __forceinline__ void write(const Place& place, const float* scales,
-                                        const float* shifts, const float (&top)[2],
-                                        float (&poison)[2], float (&exact_sum)[2],
-                                        const float (&lse_shift)[2]) {
-    float old[2], inverse[2];
+                                        const float (&top)[2], float (&poison)[2],
+                                        float (&exact_sum)[2], const float (&lse_shift)[2]) {
+    float old[2], inverse[2], sum[2];
     bool attends[2];
     float2 total = make_float2(0, 0);
     if (buffer_is_used_)
@@ -474,9 +528,10 @@ class Consumer {
         poison[h] = exact_sum[h] * 0.f;
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
-      const float sum = fmaf(h ? total.y : total.x, old[h], output(C::kWidth / 2 + 2 * h));
-      inverse[h] = __fdividef(kOneInCode, sum) + poison[h];
+      sum[h] = group_sum(h);
+      inverse[h] = __fdividef(1.f, fmaf(h ? total.y : total.x, old[h], sum[h])) + poison[h];
     }
+    const bool all_attend = __all_sync(~0u, attends[0] && attends[1]);
     if constexpr (C::kHasLse) {
       if (p_.lse != nullptr && quad_ == 0) {
 #pragma unroll
@@ -494,18 +549,22 @@ class Consumer {
       for (int k = 0; k < 4; k++) {
         const int j = j0 + k;
         const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-        const float2 shift = *reinterpret_cast<const float2*>(shifts + 8 * j);
-        float4 before = make_float4(0, 0, 0, 0);
-        if (buffer_is_used_)
-          before = *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
-        x[0][k][0] = fmaf(fmaf(before.x, old[0], output(4 * j) * scale.x), inverse[0], shift.x);
-        x[0][k][1] = fmaf(fmaf(before.y, old[0], output(4 * j + 1) * scale.y), inverse[0], shift.y);
-        x[1][k][0] = fmaf(fmaf(before.z, old[1], output(4 * j + 2) * scale.x), inverse[1], shift.x);
-        x[1][k][1] = fmaf(fmaf(before.w, old[1], output(4 * j + 3) * scale.y), inverse[1], shift.y);
+        const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
+        float4 y = {shift.x * sum[0], shift.y * sum[0], shift.x * sum[1], shift.y * sum[1]};
+        if (buffer_is_used_) {
+          const float4 before = *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
+          y = {fmaf(before.x, old[0], y.x), fmaf(before.y, old[0], y.y),
+               fmaf(before.z, old[1], y.z), fmaf(before.w, old[1], y.w)};
+        }
+        x[0][k][0] = dequantize(4 * j, scale.x, y.x) * inverse[0];
+        x[0][k][1] = dequantize(4 * j + 1, scale.y, y.y) * inverse[0];
+        x[1][k][0] = dequantize(4 * j + 2, scale.x, y.z) * inverse[1];
+        x[1][k][1] = dequantize(4 * j + 3, scale.y, y.w) * inverse[1];
+      }
+      if (!all_attend) {
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-          for (int b = 0; b < 2; b++) x[h][k][b] = attends[h] ? x[h][k][b] : 0.f;
+        for (int i = 0; i < 16; i++)
+          x[i / 8][i / 2 % 4][i % 2] = attends[i / 8] ? x[i / 8][i / 2 % 4][i % 2] : 0.f;
       }
       store_columns(p_, place, j0, quad_, x);
       // Keeps the blocks apart: all at once need more registers than there are.
@@ -527,7 +586,7 @@ class Consumer {
   int count_ = 0;        // steps of K and V before this piece of work
   int group_count_ = 0;  // groups of V whose scales were taken
   int work_count_ = 0;
-  int slot_, batch_, head_, row_, steps_, skip_, first_row_last_key_;
+  int slot_, batch_, head_, row_, steps_, skip_, whole_from_;
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
   float max_[2], buffer_max_[2], poison_[2];

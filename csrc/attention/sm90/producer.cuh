@@ -27,6 +27,7 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const uint8_t* values = p.kv.value_codes + head * tiles * (kKeyTile * C::kWidth);
     const float* key_scales = p.kv.key_scales + head * tiles * 2;
     const float* value_scales = p.kv.value_scales + head * p.kv.groups() * C::kWidth;
+    const float* value_shift = p.kv.value_shift + head * p.kv.groups() * C::kWidth;
     for (int step = work.steps - 1; step >= 0; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
@@ -40,11 +41,15 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
           step == work.steps - 1 || step % kStepsPerGroup == kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
       barrier_expect(barriers.value_full(stage),
-                     kKeys * C::kWidth + (starts_group ? kScaleBytes : 0));
+                     kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
       if (starts_group) {
         const int64_t group = step / kStepsPerGroup;
-        copy_to_shared(base + C::kValueScaleAt + group_count % C::kScaleSlots * kScaleBytes,
-                       value_scales + group * C::kWidth, kScaleBytes, barriers.value_full(stage));
+        const uint32_t slot =
+            base + C::kValueScaleAt + group_count % C::kScaleSlots * 2 * kScaleBytes;
+        copy_to_shared(slot, value_scales + group * C::kWidth, kScaleBytes,
+                       barriers.value_full(stage));
+        copy_to_shared(slot + kScaleBytes, value_shift + group * C::kWidth, kScaleBytes,
+                       barriers.value_full(stage));
         group_count++;
       }
 #pragma unroll
@@ -198,22 +203,6 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   }
 }
 
-// The average over all tokens of what the codes of V lack.
-template <class C>
-__device__ __forceinline__ void average_value_shift(const AttentionParams& p, const Work& work,
-                                                    float* shift, int thread) {
-  const int groups = static_cast<int>(p.kv.groups());
-  const float* from = p.kv.value_shift + key_head(p, work) * groups * C::kWidth;
-  const float whole = static_cast<float>(kValueGroup) / p.kv.seqlen;
-  for (int column = thread; column < C::kWidth; column += kQueryThreads) {
-    float sum = 0;
-    for (int group = 0; group < groups - 1; group++)
-      sum = fmaf(from[group * C::kWidth + column], whole, sum);
-    const float rest = 1.f - (groups - 1) * whole;
-    shift[column] = fmaf(from[(groups - 1) * C::kWidth + column], rest, sum);
-  }
-}
-
 template <class C>
 __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const Schedule& s,
                                                  uint8_t* shared, Barriers<C> barriers, Work* works,
@@ -245,10 +234,6 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
       quantize_query_rows<C, false>(p, work, codes, scales, shifts, thread);
     }
     if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
-    average_value_shift<C>(
-        p, work,
-        reinterpret_cast<float*>(shared + C::kValueShiftAt) + i % C::kShiftSlots * C::kWidth,
-        thread);
     fence_async_proxy();
     barrier_arrive(barriers.query_full(slot));
   }

@@ -55,10 +55,16 @@ struct Vector8 {
   }
 };
 
-// The larger of `a` and the magnitude of `b`; NaN if there is one.
-__device__ __forceinline__ float larger(float a, float b) {
+// Extremes that are NaN if one of the two is; of magnitudes by |.| at the call, which costs
+// nothing.
+__device__ __forceinline__ float larger_of(float a, float b) {
   float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(fabsf(b)));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float smaller_of(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 
@@ -101,12 +107,14 @@ constexpr int kShares = kBlocks<kWidth> * (128 / kWidth);
 
 template <int kWidth>
 struct Shared {
-  float samples[2][kThreads / (kWidth / 8)][kWidth];  // of K, of V: partial sums
-  float mean[2][kWidth];
+  float samples[kThreads / (kWidth / 8)][kWidth];  // of K: partial sums
+  float key_mean[kWidth];
   uint32_t key_amax[kTokens<kWidth> / kKeyBlock128][4];
   // What every block of the cluster has written, here: nobody reads another's memory, so that a
   // block may leave as soon as it has written.
-  float value_amax[kShares<kWidth>][kWidth], error[kShares<kWidth>][kWidth];
+  float sum[kShares<kWidth>][kWidth], low[kShares<kWidth>][kWidth], high[kShares<kWidth>][kWidth];
+  float error[kShares<kWidth>][kWidth];
+  float center[kWidth];
   float scale[kWidth], inverse[kWidth];
 };
 
@@ -164,49 +172,41 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
                        value_column < p.head_dim_v && row < valid);
     }
 
-  // Means.
+  // The mean of K.
   if (thread < kTokens / kKeyBlock128 * 4) shared.key_amax[thread / 4][thread % 4] = 0;
   const int samples = min(kSamples, seqlen);
+  float mean[8] = {};
+  if (p.smooth_key) {
 #pragma unroll
-  for (int which = 0; which < 2; which++) {
-    const Element* from = (which == 0 ? key : value) + key_column;
-    const int64_t stride = which == 0 ? p.key_stride_n : p.value_stride_n;
-    const bool has_column = key_column < (which == 0 ? p.head_dim : p.head_dim_v);
-    float sum[8] = {};
-    if (which == 0 ? p.smooth_key : p.smooth_value) {
+    for (int i = 0; i < kSamples / kRowsAtOnce; i++) {
+      const int sample = i * kRowsAtOnce + key_row;
+      Vector8<Element> x;
+      x.load(key + static_cast<int64_t>(sample) * seqlen / samples * p.key_stride_n + key_column,
+             key_column < p.head_dim && sample < samples);
 #pragma unroll
-      for (int i = 0; i < kSamples / kRowsAtOnce; i++) {
-        const int sample = i * kRowsAtOnce + key_row;
-        Vector8<Element> x;
-        x.load(from + static_cast<int64_t>(sample) * seqlen / samples * stride,
-               has_column && sample < samples);
-#pragma unroll
-        for (int c = 0; c < 8; c++) sum[c] += x[c] * (1.f / kSamples);
-      }
+      for (int c = 0; c < 8; c++) mean[c] += x[c] * (1.f / kSamples);
     }
-#pragma unroll
-    for (int c = 0; c < 8; c++) shared.samples[which][key_row][key_column + c] = sum[c];
   }
+#pragma unroll
+  for (int c = 0; c < 8; c++) shared.samples[key_row][key_column + c] = mean[c];
   __syncthreads();
-  if (thread < 2 * kWidth) {
+  if (thread < kWidth) {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kRowsAtOnce; i++)
-      sum += shared.samples[thread / kWidth][i][thread % kWidth];
+    for (int i = 0; i < kRowsAtOnce; i++) sum += shared.samples[i][thread];
     sum *= static_cast<float>(kSamples) / samples;
-    // Any vector will do; one that is not finite would spoil every token.
-    shared.mean[thread / kWidth][thread % kWidth] = is_finite(sum) ? sum : 0.f;
+    // Any vector will do; one that is not finite would spoil every key.
+    shared.key_mean[thread] = is_finite(sum) ? sum : 0.f;
   }
   __syncthreads();
   if (block == 0 && thread < p.key_mean_columns)
     p.kv.key_mean[static_cast<int64_t>(head) * p.key_mean_columns + thread] =
-        shared.mean[0][thread];
+        shared.key_mean[thread];
 
   // Amax of K. Rows of a thread share (row % 8) / 2, the index of their scale.
   const int scale_index = key_row % 8 / 2;
-  float mean[8];
 #pragma unroll
-  for (int c = 0; c < 8; c++) mean[c] = shared.mean[0][key_column + c];
+  for (int c = 0; c < 8; c++) mean[c] = shared.key_mean[key_column + c];
 #pragma unroll
   for (int part = 0; part < kTokens / kKeyBlock128; part++) {
     float amax = 0;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     for (int i = part * kRoundsPerScale; i < (part + 1) * kRoundsPerScale; i++) {
       if (i * kRowsAtOnce + key_row >= valid) continue;
 #pragma unroll
-      for (int c = 0; c < 8; c++) amax = larger(amax, k[i][c] - mean[c]);
+      for (int c = 0; c < 8; c++) amax = larger_of(amax, fabsf(k[i][c] - mean[c]));
     }
     uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
     if constexpr (kLanes == 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
@@ -223,38 +223,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     if (lane % 16 == 0) atomicMax(&shared.key_amax[part][scale_index], bits);
   }
 
-  // Amax of V.
-  const int owned_column = value_column + lane % 8;
-  const int share = cluster.block_rank() * (128 / kWidth) + warp / kPairs;
-  {
-    float center[8], amax[8] = {};
-#pragma unroll
-    for (int c = 0; c < 8; c++) center[c] = shared.mean[1][value_column + c];
-#pragma unroll
-    for (int panel = 0; panel < kPanels; panel++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (value_row(panel, i) >= valid) continue;
-#pragma unroll
-        for (int c = 0; c < 8; c++) amax[c] = larger(amax[c], v[panel][i][c] - center[c]);
-      }
-    const float folded = fold_16_lanes(amax, lane, larger);
-    // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
-    for (int to = lane % 16 / 8; to < kBlocks; to += 2)
-      cluster.map_shared_rank(&shared, to)->value_amax[share][owned_column] = folded;
-  }
-  cluster.sync();
-
-  const int64_t group_at = (head * p.kv.groups() + block / kBlocks) * kWidth;
-  if (thread < kWidth) {
-    float amax = 0;
-#pragma unroll
-    for (int i = 0; i < kShares<kWidth>; i++) amax = larger(amax, shared.value_amax[i][thread]);
-    const ScaleAndInverse scale = scale_and_inverse(amax, kValueMax);
-    shared.scale[thread] = scale.scale;
-    shared.inverse[thread] = scale.inverse;
-    if (cluster.block_rank() == 0) p.kv.value_scales[group_at + thread] = scale.scale;
-  }
+  __syncthreads();
 
   // Codes of K.
   const bool is_tile = first < tiles * kKeyTile;  // blocks of a cluster may lie behind the end
@@ -284,6 +253,63 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     if (first / kKeyTile + row / kKeyTile < tiles)
       *reinterpret_cast<uint2*>(key_image + row * kWidth + place * 16 + key_column % 16) = codes;
   }
+
+  // Sum and extremes of V, where NaN passes through all of them.
+  const int owned_column = value_column + lane % 8;
+  const int share = cluster.block_rank() * (128 / kWidth) + warp / kPairs;
+  {
+    float sum[8] = {}, low[8], high[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+      low[c] = INFINITY;
+      high[c] = -INFINITY;
+    }
+#pragma unroll
+    for (int panel = 0; panel < kPanels; panel++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (value_row(panel, i) >= valid) continue;
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+          const float x = v[panel][i][c];
+          sum[c] = fmaf(x, 1.f / kValueGroup, sum[c]);  // cannot overflow
+          low[c] = smaller_of(low[c], x);
+          high[c] = larger_of(high[c], x);
+        }
+      }
+    const float folded_sum = fold_16_lanes(sum, lane, [](float a, float b) { return a + b; });
+    const float folded_low = fold_16_lanes(low, lane, smaller_of);
+    const float folded_high = fold_16_lanes(high, lane, larger_of);
+    // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
+    for (int to = lane % 16 / 8; to < kBlocks; to += 2) {
+      Shared<kWidth>* other = cluster.map_shared_rank(&shared, to);
+      other->sum[share][owned_column] = folded_sum;
+      other->low[share][owned_column] = folded_low;
+      other->high[share][owned_column] = folded_high;
+    }
+  }
+  cluster.sync();
+
+  const int64_t group_at = (head * p.kv.groups() + block / kBlocks) * kWidth;
+  if (thread < kWidth) {
+    float sum = 0, low = INFINITY, high = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kShares<kWidth>; i++) {
+      sum += shared.sum[i][thread];
+      low = smaller_of(low, shared.low[i][thread]);
+      high = larger_of(high, shared.high[i][thread]);
+    }
+    const int count = min(kValueGroup, seqlen - block / kBlocks * kValueGroup);
+    const float center = p.smooth_value ? sum * (static_cast<float>(kValueGroup) / count) : 0.f;
+    // Subtraction rounds monotonically: the extremes of x - center are those of x.
+    const ScaleAndInverse scale =
+        scale_and_inverse(larger_of(fabsf(low - center), fabsf(high - center)), kValueMax);
+    shared.center[thread] = center;
+    shared.scale[thread] = scale.scale;
+    shared.inverse[thread] = scale.inverse;
+    if (cluster.block_rank() == 0) p.kv.value_scales[group_at + thread] = scale.scale;
+  }
+
   __syncthreads();
 
   // Codes of V, and how much they are too small on average. Where the scale is NaN the codes do not
@@ -292,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 #pragma unroll
   for (int c = 0; c < 8; c++) {
     const int column = value_column + c;
-    const float center = shared.mean[1][column], inverse = shared.inverse[column];
+    const float center = shared.center[column], inverse = shared.inverse[column];
     float sum = 0;
     __half2 code_sum = __float2half2_rn(0.f);  // exact: 4 kPanels multiples of 2^-9 up to .25
 #pragma unroll
@@ -328,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     for (int i = 0; i < kShares<kWidth>; i++) total += shared.error[i][thread];
     const int count = min(kValueGroup, seqlen - first);
     const float mean_error = is_finite(total) ? total / count : 0.f;
-    p.kv.value_shift[group_at + thread] = shared.mean[1][thread] + mean_error;
+    p.kv.value_shift[group_at + thread] = shared.center[thread] + mean_error;
   }
 }
 

@@ -11,7 +11,7 @@ namespace torch_sage {
 
 constexpr int kKeyTile = 64;       // keys of one image
 constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) / 2
-constexpr int kValueGroup = 1024;  // keys over which V has one scale per channel
+constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
 constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
 
 // All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64 or 128.
@@ -26,8 +26,8 @@ struct PreparedKv {
   // holds its scores: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
   uint8_t* value_codes;
   float* value_scales;  // [groups of 1024 keys, width]; NaN: something in there is not finite
-  // The same: the mean that was subtracted, and what the codes of the group lack on average. Their
-  // average over all tokens is added to the output.
+  // The same; what V has more than codes times scales on average: the mean that was subtracted, and
+  // the mean error of the codes.
   float* value_shift;
 
   __host__ __device__ int64_t tiles() const {
