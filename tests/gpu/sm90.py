@@ -1,0 +1,124 @@
+"""The recipe for compute capability 9.0: its arguments, its oracle, and how its operands lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.cases import AttentionCase, Inputs
+from tests.numerics import Expected, assert_within_budget, expect, same_bits
+from torch_sage.recipes import PREPARED, SUPPORT
+
+OPS = torch.ops.torch_sage
+SMOOTHING = SUPPORT[PREPARED].smooth
+EXPONENTIALS = SUPPORT[PREPARED].exponential
+RECIPE = {"qk": "int8", "granularity": "token_thread", "pv": "e4m3_fp16"}
+VALUE_GROUP, VALUE_MAX = 1024, 0.25
+# Of the oracle: steps and lag of csrc/attention/sm90/config.cuh, so that a comparison sees the
+# kernel's errors, not another sample of rounding.
+ORACLE: dict[str, Any] = {
+    **RECIPE,
+    "value_group": VALUE_GROUP,
+    "ranges": (64.0, VALUE_MAX),
+    "tile": 128,
+    "sum_rounded": True,
+    "lag": 1.75,
+}
+IMAGE_ROWS, CHUNK = 64, 16
+# Keys of a 16-byte chunk of V, in the order of its bytes.
+CHUNK_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+
+
+def is_for_sm90(case: AttentionCase) -> bool:
+    widest = max(case.head_dim, case.head_dim_v)
+    return case.smooth in SMOOTHING and widest <= SUPPORT[PREPARED].max_head_dim
+
+
+def to_gpu(x: Tensor) -> Tensor:
+    """Return the same view of the same storage, NaN around it included."""
+    storage = x.untyped_storage().cuda()
+    empty = torch.empty(0, dtype=x.dtype, device="cuda")
+    return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return Inputs(*(to_gpu(x) if isinstance(x, Tensor) else x for x in inputs))
+
+
+def width_of(head_dim: int, head_dim_v: int) -> int:
+    """Return the channels of both images: the least of the kernels' that hold both."""
+    return 64 if max(head_dim, head_dim_v) <= 64 else 128
+
+
+def sampled_mean(x: Tensor, width: int) -> Tensor:
+    """Return the mean that the pre-pass takes of ``x`` [B, H, M, D], as K or as V.
+
+    Any vector may be subtracted, so the oracle does not define it; only that of K is returned.
+    """
+    padded = F.pad(x, (0, width - x.shape[-1]))
+    mean: Tensor = OPS.prepare_kv(padded, padded, smooth="k")[2]
+    return mean[..., : x.shape[-1]]
+
+
+def expected(inputs: Inputs, smooth: str, exponential: str) -> Expected:
+    """Return the references, on the GPU, with the means of the kernels."""
+    means: dict[str, Any] = {}
+    width = width_of(inputs.query.shape[-1], inputs.value.shape[-1])
+    if "k" in smooth:
+        means["key_mean"] = OPS.prepare_kv(inputs.key, inputs.value, smooth=smooth)[2]
+    if "v" in smooth:
+        means["value_mean"] = sampled_mean(inputs.value, width)
+    return expect(*inputs, **ORACLE, **means, smooth=smooth, exponential=exponential)
+
+
+def assert_right(inputs: Inputs, smooth: str, exponential: str) -> None:
+    """Require ``sdpa`` and ``sdpa_with_lse`` to be what the recipe specifies.
+
+    With a mask or the LSE the exponentials are exact, whatever was asked for.
+    """
+    recipe = {**RECIPE, "smooth": smooth}
+    output = OPS.sdpa(*inputs, **recipe, exponential=exponential)
+    full, lse = OPS.sdpa_with_lse(*inputs, **recipe, exponential=exponential)
+    if exponential == "exact":
+        assert_within_budget(full, expected(inputs, smooth, "exact"), lse=lse)
+        assert same_bits(output, full)
+        return
+    exact = OPS.sdpa(*inputs, **recipe, exponential="exact")
+    assert same_bits(full, exact)
+    if inputs.attn_mask is None:
+        assert_within_budget(output, expected(inputs, smooth, "mixed"))
+    else:
+        assert same_bits(output, exact)
+
+
+def key_image(codes: Tensor, width: int) -> Tensor:
+    """Return prepared codes of K in natural order: [B, H, 64 * tiles, width]."""
+    b, h, tiles, _ = codes.shape
+    chunks = codes.view(b, h, tiles * IMAGE_ROWS, width // CHUNK, CHUNK)
+    row = torch.arange(tiles * IMAGE_ROWS, device=codes.device)
+    return _unswizzle(chunks, row % 8 if width == 128 else row // 2 % 4)
+
+
+def value_image(codes: Tensor, width: int) -> Tensor:
+    """Return prepared codes of V in natural order: [B, H, 64 * tiles, width]."""
+    b, h, tiles, _ = codes.shape
+    chunks = codes.view(b, h, tiles * width, IMAGE_ROWS // CHUNK, CHUNK)
+    channel = torch.arange(tiles * width, device=codes.device) % width
+    by_channel = _unswizzle(chunks, channel // 2 % 4).view(b, h, tiles, width, -1, CHUNK)
+    natural = by_channel[..., torch.tensor(CHUNK_ORDER).argsort()].flatten(-2)
+    return natural.mT.reshape(b, h, tiles * IMAGE_ROWS, width)
+
+
+def _unswizzle(chunks: Tensor, mask: Tensor) -> Tensor:
+    """Undo the XOR of the number of a chunk [..., rows, chunks, 16] with ``mask`` [rows]."""
+    number = torch.arange(chunks.shape[-2], device=chunks.device)
+    place = (number ^ mask[:, None])[..., None].expand(chunks.shape)
+    return chunks.gather(-2, place).flatten(-2)
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same bits, any NaN equal to any other."""
+    return same_bits(*(torch.where(x.isnan(), torch.nan, x) for x in (a, b)))
