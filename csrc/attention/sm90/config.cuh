@@ -13,9 +13,6 @@ constexpr int kRows = 64 * kConsumers;
 constexpr int kThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fetches K and V
 constexpr int kQueryThreads = 32 * kQueryWarps;
-// 128 * 56 + 384 * 152 = all 65536 registers of a multiprocessor.
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
-
 // P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
 // So a value group sums to at most 1024 * 2^7.75 * .25 = 55104, within fp16.
 constexpr float kOffset = 6.f, kLag = 1.75f;
@@ -37,7 +34,10 @@ struct Config {
   static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
-  static constexpr int kExactColumns = kMode == Mode::kMixed ? 2 : 4;
+  static constexpr int kExactColumns = kMode == Mode::kMixed ? 1 : 4;
+
+  // With kThreads of 4 warpgroups, all 65536 registers of a multiprocessor.
+  static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
 
   static constexpr int kOutputColumns = kWidth + 8;  // 8 rows of ones behind V
   static constexpr int kKeyBytes = kKeys * kWidth;

@@ -31,7 +31,8 @@ class Consumer {
         base_(shared_address(shared)),
         barriers_(barriers),
         works_(works),
-        warpgroup_(threadIdx.x / kWarpgroup),
+        // Uniform for the compiler, too, so that descriptors are.
+        warpgroup_(__shfl_sync(~0u, threadIdx.x / kWarpgroup, 0)),
         lane_(threadIdx.x % 32),
         row_in_block_(threadIdx.x / 32 * 16 + lane_ / 4),
         quad_(lane_ % 4),
@@ -49,9 +50,8 @@ class Consumer {
       accumulates_ = 0;
       buffer_max_[0] = buffer_max_[1] = -INFINITY;
       max_[0] = max_[1] = -INFINITY;
-      poison_[0] = poison_[1] = 0.f;
+      poison_ = 0;
       attend();
-      if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
       multiply_values(steps_ - 1);
       finish_work(is_live);
     }
@@ -127,8 +127,6 @@ class Consumer {
     // Uniform for the compiler, too: wgmma in a branch that might diverge would be serialized.
     const Work work = works_[slot_];
     if (!__any_sync(~0u, work.steps > 0)) return false;
-    batch_ = work.batch;
-    head_ = work.head;
     steps_ = __shfl_sync(~0u, work.steps, 0);
     row_ = work.row_block * kRows + row_in_block_;
     const int place = slot_ * kRows + row_in_block_;
@@ -157,7 +155,7 @@ class Consumer {
   // Lets one step pass; skip_ is never more, since two warpgroups' rows are at most kKeys apart.
   __device__ __forceinline__ void skip_keys(bool is_live) const {
     if (is_live && skip_ > 0 && lane_ == 0) {
-      const int stage = count_ % kStages;
+      const unsigned stage = count_ % kStages;
       barrier_wait(barriers_.key_full(stage), (count_ / kStages) & 1);
       barrier_arrive(barriers_.key_empty(stage));
     }
@@ -166,7 +164,7 @@ class Consumer {
   __device__ __forceinline__ void skip_values(bool is_live) {
     if (is_live && skip_ > 0) {
       if (lane_ == 0) {
-        const int stage = count_ % kStages;
+        const unsigned stage = count_ % kStages;
         barrier_wait(barriers_.value_full(stage), (count_ / kStages) & 1);
         barrier_arrive(barriers_.value_empty(stage));
       }
@@ -177,7 +175,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void multiply_keys(int n, bool waits) {
-    const int count = count_ + n, stage = count % kStages;
+    const unsigned count = count_ + n, stage = count % kStages;
     if (waits) barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
     key_scale_ = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt + stage * 16)[quad_];
     const uint64_t keys = descriptor<C::kWidth>(base_ + C::kKeyAt + stage * C::kKeyBytes);
@@ -189,7 +187,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void multiply_values(int n) {
-    const int count = count_ + n, stage = count % kStages;
+    const unsigned count = count_ + n, stage = count % kStages;
     barrier_wait(barriers_.value_full(stage), (count / kStages) & 1);
     wgmma_fence();
 #pragma unroll
@@ -265,7 +263,7 @@ class Consumer {
                 max(largest, 8 * j + 2 * quad_ + b <= last ? s_[4 * j + 2 * h + b] : kHiddenScore);
         const bool sees = largest != kHiddenScore;
         top[h] = sees ? static_cast<float>(largest) * scale[h] : -INFINITY;
-        poison_[h] = fmaf(sees ? scale[h] : 0.f, 0.f, poison_[h]);
+        if (sees && key_scale_ != key_scale_) poison_ |= 1 << h;
       }
     } else {
 #pragma unroll
@@ -277,8 +275,8 @@ class Consumer {
           odd = __vimax3_s32(odd, s_[4 * j + 4 + 2 * h], s_[4 * j + 5 + 2 * h]);
         }
         top[h] = static_cast<float>(max(even, odd)) * scale[h];
-        poison_[h] = fmaf(scale[h], 0.f, poison_[h]);
       }
+      if (key_scale_ != key_scale_) poison_ = 3;
     }
   }
 
@@ -327,7 +325,8 @@ class Consumer {
       for (int h = 0; h < 2; h++) {
         const int row = row_ + 8 * h;
         const int last = row < p_.seqlen_q ? last_column(h, first_key) - 2 * quad_ : -1;
-        auto* at = mask + batch_ * p_.mask_stride_b + head_ * p_.mask_stride_h +
+        const Work& work = works_[slot_];
+        auto* at = mask + work.batch * p_.mask_stride_b + work.head * p_.mask_stride_h +
                    row * p_.mask_stride_n + (first_key + 2 * quad_) * p_.mask_stride_m;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; j++) {
@@ -337,8 +336,12 @@ class Consumer {
             if (8 * j + b <= last) logit = with_mask(logit, at[b * p_.mask_stride_m]);
           }
           at += 8 * p_.mask_stride_m;
-          // Or all addresses are computed first, and there are not enough registers for them.
-          asm volatile("" : "+l"(at));
+          // Or the whole mask is loaded first, and there are not enough registers for it.
+          if (j % 4 == 3) {
+#pragma unroll
+            for (int i = j - 3; i <= j; i++)
+              asm volatile("" : "+r"(s_[4 * i + 2 * h]), "+r"(s_[4 * i + 2 * h + 1]), "+l"(at));
+          }
         }
       }
     });
@@ -482,14 +485,16 @@ class Consumer {
 
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
   __device__ __forceinline__ void finish_work(bool& is_live) {
-    const int last_stage = (count_ + steps_ - 1) % kStages;
-    const Place place(p_, batch_, head_, row_);
+    const unsigned last_stage = (count_ + steps_ - 1) % kStages;
+    const Place place(p_, works_[slot_], row_);
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
     const float top[2] = {max_[0], max_[1]};
-    const float query_scale[2] = {query_scale_[0], query_scale_[1]};
     float poison[2], sum[2], shift[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      poison[h] = fmaf(query_scale[h], 0.f, poison_[h]);
+      // 0, or NaN.
+      poison[h] = poison_ >> h & 1 ? NAN : query_scale_[h] * 0.f;
       if constexpr (C::kHasLse) {
         sum[h] = sum_[h];
         shift[h] = lse_shift_[h];
@@ -583,13 +588,14 @@ class Consumer {
   const int warpgroup_, lane_, row_in_block_, quad_;
   float* const buffer_;  // sums of finished groups of V, then of P, relative to buffer_max_
 
-  int count_ = 0;        // steps of K and V before this piece of work
-  int group_count_ = 0;  // groups of V whose scales were taken
-  int work_count_ = 0;
-  int slot_, batch_, head_, row_, steps_, skip_, whole_from_;
+  unsigned count_ = 0;        // steps of K and V before this piece of work
+  unsigned group_count_ = 0;  // groups of V whose scales were taken
+  unsigned work_count_ = 0;
+  int slot_, row_, steps_, skip_, whole_from_;
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
-  float max_[2], buffer_max_[2], poison_[2];
+  float max_[2], buffer_max_[2];
+  int poison_;  // bit h: the row has seen a key whose scale is NaN
   bool buffer_is_used_;
   int accumulates_;
   int s_[kScores];

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   fence_async_proxy();
   __syncthreads();
   if (threadIdx.x >= kConsumers * kWarpgroup) {
-    give_registers<kProducerRegisters>();
+    give_registers<C::kProducerRegisters>();
     const int thread = threadIdx.x - kConsumers * kWarpgroup;
     if (thread == 0) {
       fetch_keys_and_values<C>(p, base, barriers, work);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       quantize_queries<C>(p, s, shared, barriers, work, thread - 32);
     }
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, barriers, work).run();
   }
 }

@@ -107,10 +107,9 @@ struct Eight {
 
 // Adds the product of eight elements of a row with the mean of K, which the scores lack.
 template <bool kIsWide>
-__device__ __forceinline__ float add_key_mean(const AttentionParams& p, const Work& work,
+__device__ __forceinline__ float add_key_mean(const AttentionParams& p, const float* mean,
                                               const Eight<kIsWide>& x, int first_column,
                                               float sum) {
-  const float* mean = p.kv.key_mean + key_head(p, work) * p.key_mean_columns;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const float2 pair = x.pair(i, p.dtype);
@@ -128,18 +127,20 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
                                                     uint8_t* codes, float* scales, float* shifts,
                                                     int thread) {
   constexpr int kBytes = kIsWide ? 4 : 2;
-  constexpr int kChunks = C::kWidth / 32;  // of 8 columns, per thread
-  constexpr int kStride = kQueryThreads / 4;
-  const int part = thread & 3;
+  constexpr int kChunks = 2;                       // of 8 columns, per thread
+  constexpr int kLanes = C::kWidth / 8 / kChunks;  // threads of a row
+  constexpr int kStride = kQueryThreads / kLanes;
+  const int part = thread % kLanes;
   const char* rows = static_cast<const char*>(p.query) +
                      (work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
                       work.row_block * kRows * p.query_rows.stride_n + part * 8) *
                          kBytes;
   const int64_t row_bytes = p.query_rows.stride_n * kBytes;
+  const float* mean = p.kv.key_mean + key_head(p, work) * p.key_mean_columns;
   const int valid_rows = min(kRows, p.seqlen_q - work.row_block * kRows);
   const auto load = [&](Eight<kIsWide>& x, int row, int chunk) {
-    x.load(rows + row * row_bytes + chunk * 32 * kBytes,
-           row < valid_rows && chunk * 32 + part * 8 < p.head_dim);
+    x.load(rows + row * row_bytes + chunk * kLanes * 8 * kBytes,
+           row < valid_rows && (chunk * kLanes + part) * 8 < p.head_dim);
   };
   // 16-bit rows are fetched one ahead; of fp32, for which there are not the registers, a row is
   // read each time that it is needed.
@@ -158,9 +159,9 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
       return x[c];
     }
   };
-  fetch_next(thread >> 2);
+  fetch_next(thread / kLanes);
 #pragma unroll 1
-  for (int row = thread >> 2; row < kRows; row += kStride) {
+  for (int row = thread / kLanes; row < kRows; row += kStride) {
     if constexpr (!kIsWide) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) x[c] = next[c];
@@ -169,8 +170,9 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     uint32_t largest = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; c++) largest = chunk_of(row, c).largest(largest);
-    largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2)
+      largest = max(largest, __shfl_xor_sync(~0u, largest, step));
     const float amax = p.dtype == Dtype::kFloat16 ? __half2float(__ushort_as_half(largest >> 16))
                                                   : __uint_as_float(largest);
     const ScaleAndInverse scale = scale_and_inverse_127(amax);
@@ -181,7 +183,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     for (int c = 0; c < kChunks; c++) {
       const Eight<kIsWide>& eight = chunk_of(row, c);
       if constexpr (C::kHasLse) {
-        if (p.lse != nullptr) dot = add_key_mean(p, work, eight, c * 32 + part * 8, dot);
+        if (p.lse != nullptr) dot = add_key_mean(p, mean, eight, (c * kLanes + part) * 8, dot);
       }
       uint32_t packed[2];
 #pragma unroll
@@ -190,14 +192,14 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
         packed[i] = pack_s8(__fmul_rn(low.x, factor), __fmul_rn(low.y, factor),
                             pack_s8(__fmul_rn(high.x, factor), __fmul_rn(high.y, factor), 0));
       }
-      const int column = (c * 4 + part) * 8, chunk = column >> 4;
+      const int column = (c * kLanes + part) * 8, chunk = column >> 4;
       const int place = C::kWidth == 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
       *reinterpret_cast<uint2*>(codes + row * C::kWidth + place * 16 + (column & 8)) =
           make_uint2(packed[0], packed[1]);
     }
     if constexpr (C::kHasLse) {
-      dot += __shfl_xor_sync(~0u, dot, 1);
-      dot += __shfl_xor_sync(~0u, dot, 2);
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
       if (part == 0) shifts[row] = dot * p.scale;
     }
   }

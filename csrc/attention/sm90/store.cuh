@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention/sm90/params.h"
+#include "attention/sm90/work.cuh"
 
 namespace torch_sage::sm90 {
 
@@ -13,10 +13,10 @@ struct Place {
   char* output;
   int rows;  // from `row` to the end
 
-  __device__ __forceinline__ Place(const AttentionParams& p, int batch, int head, int row)
-      : row_of_lse((static_cast<int64_t>(batch) * p.heads_q + head) * p.seqlen_q + row),
+  __device__ __forceinline__ Place(const AttentionParams& p, const Work& work, int row)
+      : row_of_lse((static_cast<int64_t>(work.batch) * p.heads_q + work.head) * p.seqlen_q + row),
         output(static_cast<char*>(p.output) +
-               (batch * p.output_rows.stride_b + head * p.output_rows.stride_h +
+               (work.batch * p.output_rows.stride_b + work.head * p.output_rows.stride_h +
                 row * p.output_rows.stride_n) *
                    (p.dtype == Dtype::kFloat32 ? 4 : 2)),
         rows(p.seqlen_q - row) {}
