@@ -29,9 +29,11 @@ GetStream find_get_stream() {
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  if (error != cudaSuccess)
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be blamed
     throw std::runtime_error(std::string("cudaDeviceGetAttribute failed: ") +
                              cudaGetErrorString(error));
+  }
   return value;
 }
 
@@ -45,11 +47,14 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_hopper(int device) {
+int hopper_index(const char* name, const torch::stable::Tensor& tensor) {
+  check(tensor.is_cuda(), name, " must be on cuda like the other tensors, got another device");
+  const int device = tensor.get_device_index();
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  check(major == 9 && minor == 0, "query must be on a GPU of compute capability 9.0, got ", major,
+  check(major == 9 && minor == 0, name, " must be on a GPU of compute capability 9.0, got ", major,
         ".", minor);
+  return device;
 }
 
 int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }

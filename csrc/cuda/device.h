@@ -9,8 +9,8 @@ namespace torch_sage {
 // The stream on which work on `device` belongs now. Throws std::runtime_error without torch's CUDA.
 cudaStream_t current_stream(int device);
 
-// Throws std::invalid_argument unless `device` has compute capability 9.0.
-void check_hopper(int device);
+// The GPU of an argument. Throws std::invalid_argument unless it has compute capability 9.0.
+int hopper_index(const char* name, const torch::stable::Tensor& tensor);
 
 // How many multiprocessors `device` has.
 int multiprocessors(int device);

@@ -175,8 +175,7 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
         std::string_view(granularity), "'");
   const bool exact = parse("exponential", exponential, kExact);
   const Smooth smoothing = parse("smooth", smooth, kSmoothing);
-  const int device = query.get_device_index();
-  check_hopper(device);
+  const int device = hopper_index("query", query);
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto [q, k, v] = read_operands(query, key, value, query.device());
@@ -219,8 +218,7 @@ void point_to(const Prepared& tensors, PreparedKv& view) {
 Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seqlen_k,
                        int64_t head_dim_v, const Request& request, const Text& exponential) {
   const bool exact = parse("exponential", exponential, kExact);
-  const int index = query.get_device_index();
-  check_hopper(index);
+  const int index = hopper_index("query", query);
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
   const Device device = query.device();
@@ -276,8 +274,7 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
 
 Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) {
   const Smooth smoothing = parse("smooth", smooth, kSmoothing);
-  const int device = key.get_device_index();
-  check_hopper(device);
+  const int device = hopper_index("key", key);
   const DeviceGuard guard(device);
   // Key stands in for a query: what key and value must have in common is checked.
   const auto [q, k, v] = read_operands(key, key, value, key.device());

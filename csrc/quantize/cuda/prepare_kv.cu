@@ -361,8 +361,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 template <int kWidth, typename Element>
 void launch(const PrepareParams& p, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(p.kv.groups() * kBlocks<kWidth> * p.batch * p.heads);
-  prepare_kv_kernel<kWidth, Element><<<grid, kThreads, 0, stream>>>(p);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  // Not <<<>>>: an error would have to be read from where others leave theirs.
+  const cudaError_t error = cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element>, p);
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("the launch of prepare_kv failed: ") +
                              cudaGetErrorString(error));
