@@ -98,16 +98,18 @@ def attention(
         precision: "recipe" or "exact".
         query_mean: fp32 [B, Hq, D] to smooth all rows of Q with, instead of means of blocks.
         key_mean: fp32 [B, Hkv, D] to smooth K with, instead of its own mean.
-        value_mean: fp32 [B, Hkv, Dv] to smooth V with, instead of its own mean.
+        value_mean: fp32 [B, Hkv, Dv], with ``value_group`` [B, Hkv, groups, Dv], to smooth V with,
+            instead of its own mean.
         accumulator: "fp32", "fp22" or "fp16"; by default that of the format's hardware.
         two_level: whether the accumulator is flushed to fp32 after every key tile (2.7).
         ranges: P_r and V_r of an E4M3 format; by default ``E4M3_RANGES``.
         sum_rounded: whether the row sum is taken from the rounded P; by default 2.6's choice.
         exp2_error: relative error given to 2**x, to see what a kernel's approximation may do.
-        value_group: tokens of V that share a scale per channel, all by default. The output then
-            also gets back what the codes of V lack on average (``value_shift``), the accumulator is
-            flushed after every group and sums the rounded P, too; only with pv="e4m3_fp16".
-        exponential: "exact", or with ``value_group`` also "mixed": half of the keys take a mantissa
+        value_group: tokens of V that share a scale and a mean per channel, all by default. Each
+            token then also gets back what the codes of its group lack on average (``value_shift``),
+            the accumulator is flushed after every group and sums the rounded P, too; only with
+            pv="e4m3_fp16".
+        exponential: "exact", or with ``value_group`` also "mixed": 3 of 4 keys take a mantissa
             that is linear in the score, truncated to E4M3 (the lse is always exact).
         lag: with ``value_group``, how far (base 2) a row may exceed the maximum that P is relative
             to before that moves.
@@ -251,10 +253,10 @@ def _exact(ops: Operands) -> AttentionOutput:
     top = scores.amax(-1, keepdim=True)
     p = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp()
     total = p.sum(-1, keepdim=True)
-    for keys, scales, reads in ops.value_groups():
-        values = ops.value_codes[..., keys, :].double() * scales.double()
+    for keys, scales, shift, reads in ops.value_groups():
+        values = ops.value_codes[..., keys, :].double() * scales.double() + shift.double()
         output = output + torch.where(reads[..., None], p[..., keys] @ values, 0.0)
-    output = output / total + ops.value_shift.double()[..., None, :]
+    output = output / total
     lse = (top + total.log()).squeeze(-1) + ops.lse_shift
     attends = total.squeeze(-1) != 0
     return AttentionOutput(
@@ -297,7 +299,7 @@ def _online(
         top = new_top
     divisor = total_rounded if by_rounded else total
     output = accumulated / divisor[..., None] * ops.value_scales
-    output = output + ops.value_shift[..., None, :]
+    output = output + ops.value_shift
     lse = math.log(2) * (top + total.log2()) + ops.lse_shift.float()
     attends = total != 0
     return AttentionOutput(

@@ -25,7 +25,7 @@ PV = "e4m3_fp16"
 WARP_ROWS = 16
 
 # Of 64 keys, the columns from here on take the linear mantissa where the exponential is "mixed".
-LINEAR_PERIOD, LINEAR_START = 64, 32
+LINEAR_PERIOD, LINEAR_START = 64, 16
 
 
 def online_by_groups(
@@ -47,7 +47,7 @@ def online_by_groups(
     ones = ops.value_codes.new_full((*ops.value_codes.shape[:-1], 1), one, dtype=torch.float32)
     values = torch.cat((ops.value_codes.float(), ones), dim=-1)
     flushed = torch.zeros(*rows, values.shape[-1], device=device)
-    for keys_of_group, scales, reads in reversed(list(ops.value_groups())):
+    for keys_of_group, scales, of_group, reads in reversed(list(ops.value_groups())):
         held = torch.zeros_like(flushed)
         for start in reversed(range(keys_of_group.start, keys_of_group.stop, tile)):
             keys = slice(start, min(start + tile, keys_of_group.stop))
@@ -67,10 +67,11 @@ def online_by_groups(
             flushed = alpha[..., None] * flushed
             held = (alpha.half().float()[..., None] * held).half().float()
             held = accumulate_fp8_fp16(held, rounded, values[..., keys, :])
-        scale_of_one = torch.full_like(scales[..., :1], 1 / one)
-        scaled = held * torch.cat((scales, scale_of_one), dim=-1)
-        flushed = flushed + torch.where(reads[..., None], scaled, 0.0)
-    output = flushed[..., :-1] / flushed[..., -1:] + ops.value_shift.float()[..., None, :]
+        sums = held[..., -1:] / one
+        values_of_group = held[..., :-1] * scales + of_group.float() * sums
+        added = torch.cat((values_of_group, sums), dim=-1)
+        flushed = flushed + torch.where(reads[..., None], added, 0.0)
+    output = flushed[..., :-1] / flushed[..., -1:]
     lse = math.log(2) * (reference - shift + total.log2()) + ops.lse_shift.float()
     attends = total != 0
     return (

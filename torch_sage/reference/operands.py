@@ -50,7 +50,7 @@ class Operands(NamedTuple):
     value_codes: Tensor  # [B, Hq, M, Dv]
     value_scales: Tensor  # [B, Hq, groups, Dv]
     value_group: int  # tokens that share a scale of V
-    value_shift: Tensor  # [B, Hq, Dv], added to the output
+    value_shift: Tensor  # [B, Hq, groups, Dv], of every token of a group
     correction: Tensor | None  # fp64 Delta S [B, Hq, N, M], negated as query_codes
     lse_shift: Tensor  # fp64 scale * (query . key_mean) [B, Hq, N]
     bias: Tensor | None  # float mask [B, Hq, N, M], natural-log units
@@ -58,8 +58,8 @@ class Operands(NamedTuple):
     scale_magnitude: float
     exp2_error: float = 0.0
 
-    def value_groups(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield the keys of each group of V, its scales, and the rows that read it.
+    def value_groups(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield the keys of each group of V, its scales and shift, and the rows that read it.
 
         A row reads the groups up to that of the last key it sees: V that is not finite poisons it
         from there, also by a masked key, as in torch.
@@ -67,7 +67,8 @@ class Operands(NamedTuple):
         seqlen_k = self.value_codes.shape[-2]
         for i, start in enumerate(range(0, seqlen_k, self.value_group)):
             keys = slice(start, min(start + self.value_group, seqlen_k))
-            yield keys, self.value_scales[..., i : i + 1, :], self.visible[..., start:].any(-1)
+            scales, shift = (x[..., i : i + 1, :] for x in (self.value_scales, self.value_shift))
+            yield keys, scales, shift, self.visible[..., start:].any(-1)
 
 
 def visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, causal: str) -> Tensor:
@@ -129,12 +130,12 @@ def quantize_operands(
         value_max=value_format.code_max,
         group=value_format.group,
     )
-    v_group, v_shift = max(value.shape[-2], 1), v_mean
     if value_format.group is None:
-        v_scales = v_scales[..., None, :]
+        v_group = max(value.shape[-2], 1)
+        v_scales, v_shift = (x[..., None, :] for x in (v_scales, v_mean))
     else:
         v_group = value_format.group
-        v_shift = _average(value_shift(value, v_mean, v_codes, v_scales, v_group), value, v_group)
+        v_shift = value_shift(value, v_mean, v_codes, v_scales, v_group)
     # E6: fold the sign of the softmax scale into Q; code ranges are symmetric, so this is exact.
     sign = -1.0 if scale < 0 else 1.0
     q_input, correction = query.float(), None
@@ -162,13 +163,6 @@ def quantize_operands(
         visible=visible,
         scale_magnitude=abs(scale),
     )
-
-
-def _average(shift: Tensor, value: Tensor, group: int) -> Tensor:
-    """Return the average over tokens, [B, Hkv, Dv], of what their groups have."""
-    tokens = [part.shape[-2] for part in torch.split(value, group, dim=-2)]
-    weights = torch.tensor(tokens, dtype=shift.dtype, device=shift.device) / max(sum(tokens), 1)
-    return torch.einsum("bhgd,g->bhd", shift, weights)
 
 
 def logits_base2(ops: Operands, keys: slice) -> Tensor:

@@ -146,26 +146,27 @@ def quantize_value(
 
     Args:
         value: [B, Hkv, M, Dv], any float dtype.
-        mean: fp32 [B, Hkv, Dv] to subtract instead of the token mean; only with ``smooth``.
+        mean: fp32 to subtract instead of the token mean, shaped like the scales; only with
+            ``smooth``.
         smooth: whether to subtract a mean.
         pv: format of the codes.
         value_max: magnitude that the largest |V| of a channel gets in E4M3 (V_r), an E4M3 value;
             the default is that of ``E4M3_RANGES``.
-        group: tokens that share a scale per channel, all by default.
+        group: tokens that share a scale and a mean per channel, all by default.
 
     Returns:
         Codes [B, Hkv, M, Dv] in the format's dtype and natural order, fp32 scales [B, Hkv, Dv], or
-        [B, Hkv, groups, Dv] if ``group`` is given, and the fp32 mean [B, Hkv, Dv] that was
+        [B, Hkv, groups, Dv] if ``group`` is given, and fp32 of the same shape, the mean that was
         subtracted (zeros without smoothing).
     """
     if group is not None:
-        if smooth and mean is None:
-            mean = token_mean(value)
         options: dict[str, Any] = {"smooth": smooth, "pv": pv, "value_max": value_max}
         tokens = torch.split(value, group, dim=-2)
-        parts = [quantize_value(part, mean, **options) for part in tokens]
-        of_groups, per_group, means = zip(*parts, strict=True)
-        return torch.cat(of_groups, dim=-2), torch.stack(per_group, dim=-2), means[0]
+        given = [None] * len(tokens) if mean is None else mean.unbind(-2)
+        parts = [quantize_value(*part, **options) for part in zip(tokens, given, strict=True)]
+        all_codes = torch.cat([part[0] for part in parts], dim=-2)
+        all_scales, means = (torch.stack([part[i] for part in parts], dim=-2) for i in (1, 2))
+        return all_codes, all_scales, means
     x, mean = _subtract_mean(value, mean, smooth)
     channels = torch.arange(x.shape[-1], device=x.device)
     amax = _amax(x.abs().view(torch.int32).mT, channels, len(channels))
@@ -194,17 +195,17 @@ def quantize_value(
 
 
 def value_shift(value: Tensor, mean: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Return what the output gets back for each group of V, fp64 [B, Hkv, groups, Dv].
+    """Return what V has more than codes times scales, on average: fp64 [B, Hkv, groups, Dv].
 
-    That is the mean, and what the codes of the group lack on average; not the latter where the
-    scale is NaN.
+    That is the mean that was subtracted, and the mean error of the codes.
     """
-    x = (value.float() - mean[..., None, :]).double()
-    tokens, their_codes = (torch.split(y, group, dim=-2) for y in (x, codes))
-    parts = zip(tokens, their_codes, scales.unbind(-2), strict=True)
-    lacks = [(x - c.double() * s.double()[..., None, :]).mean(-2) for x, c, s in parts]
-    lack = torch.stack(lacks, dim=-2)
-    return mean.double()[..., None, :] + torch.where(lack.isfinite(), lack, 0.0)
+    tokens, their_codes = (torch.split(x, group, dim=-2) for x in (value, codes))
+    shifts = []
+    for x, c, s, m in zip(tokens, their_codes, scales.unbind(-2), mean.unbind(-2), strict=True):
+        centered = (x.float() - m[..., None, :]).double()
+        error = centered - c.double() * s.double()[..., None, :]
+        shifts.append(m.double() + error.mean(-2))
+    return torch.stack(shifts, dim=-2)
 
 
 def smooth_query(query: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
