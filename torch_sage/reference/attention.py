@@ -254,9 +254,11 @@ def _exact(ops: Operands) -> AttentionOutput:
     p = (scores - top.masked_fill(top == -torch.inf, 0.0)).exp()
     total = p.sum(-1, keepdim=True)
     for keys, scales, shift, reads in ops.value_groups():
-        values = ops.value_codes[..., keys, :].double() * scales.double() + shift.double()
-        output = output + torch.where(reads[..., None], p[..., keys] @ values, 0.0)
-    output = output / total
+        weights = p[..., keys]
+        values = ops.value_codes[..., keys, :].double() * scales.double()
+        share = weights.sum(-1, keepdim=True) / total  # exactly 1 where there is one group
+        added = weights @ values / total + share * shift.double()
+        output = output + torch.where(reads[..., None], added, 0.0)
     lse = (top + total.log()).squeeze(-1) + ops.lse_shift
     attends = total.squeeze(-1) != 0
     return AttentionOutput(
