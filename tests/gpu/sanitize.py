@@ -1,0 +1,63 @@
+"""Calls of every instantiation of Hopper's kernels, small, for NVIDIA's compute-sanitizer:
+
+``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
+with racecheck, initcheck and synccheck. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own
+allocation, so that memcheck sees what lies behind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.gpu.sm90 import EXPONENTIALS, OPS, RECIPE
+
+# Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
+# of V and two, and what needs padded copies.
+SHAPES = ((1, 1, 64, 64), (200, 300, 64, 64), (70, 1100, 128, 128), (130, 129, 40, 33))
+CAUSAL = ("none", "top_left", "bottom_right")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def call(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+    """Run each op on one shape: grouped heads, each exponential, masked, with the LSE, prepared."""
+    n, m, d, dv = shape
+    q, k, v = (
+        torch.randn(1, heads, tokens, channels, device="cuda").to(dtype)
+        for heads, tokens, channels in ((4, n, d), (2, m, d), (2, m, dv))
+    )
+    prepared = OPS.prepare_kv(k, v)
+    for exponential in EXPONENTIALS:
+        recipe: dict[str, Any] = {**RECIPE, "smooth": "kv", "exponential": exponential}
+        use(OPS.sdpa(q, k, v, None, causal, **recipe))
+        use(OPS.attention_prepared(q, *prepared, m, dv, None, causal, exponential=exponential))
+    use(*OPS.sdpa_with_lse(q, k, v, None, causal, **RECIPE, smooth="k"))
+    if causal == "none":
+        visible = torch.rand(n, m, device="cuda") > 0.5
+        for mask in (visible, visible.to(dtype), visible[:1].expand(4, n, m)):
+            use(*OPS.sdpa_with_lse(q, k, v, mask, **RECIPE, smooth=""))
+
+
+def use(*results: Tensor) -> None:
+    """Read every element, so that initcheck sees those that nobody wrote."""
+    for result in results:
+        if result.isnan().any():
+            raise RuntimeError(f"results must be numbers, got {result}")
+
+
+def main() -> None:
+    """Run the list; more heads than multiprocessors let a block take a second piece of work."""
+    for shape, dtype, causal in itertools.product(SHAPES, DTYPES, CAUSAL):
+        call(shape, dtype, causal)
+    many = torch.randn(2, 80, 130, 64, device="cuda").bfloat16()
+    for causal in CAUSAL:
+        use(OPS.sdpa(many, many, many, None, causal, **RECIPE, smooth="kv", exponential="mixed"))
+    torch.cuda.synchronize()
+    print("done")  # noqa: T201  # a script: what it is asked for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Hopper's kernels beyond 32-bit offsets, on fused projections, and on very long sequences."""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import Inputs
+from tests.gpu.sm90 import OPS, ORACLE, RECIPE
+from tests.numerics import assert_within_budget, exact_attention, expect, relative_l1, same_bits
+
+ARGUMENTS: dict[str, Any] = {**RECIPE, "smooth": "kv", "exponential": "mixed"}
+BEYOND = 2**32  # elements; on the way there lies 2**31
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda").bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time() -> Iterator[None]:
+    """Workers of pytest-xdist share the GPU, and a test here takes up to a fifth of its memory."""
+    with open(Path(tempfile.gettempdir()) / "torch_sage_large_tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+def test_strides_beyond_32_bits() -> None:
+    """One token every 2**25 elements, 2**32 of them from the first to the last."""
+    tokens, stride = 129, 2**25
+    storage = torch.empty(tokens * stride, dtype=torch.bfloat16, device="cuda")
+    dense, strided = [normal(1, 1, tokens, 64) for _ in range(3)], []
+    for place, x in enumerate(dense):
+        view = storage.as_strided(x.shape, (0, 0, stride, 1), 64 * place)
+        strided.append(view.copy_(x))
+    assert same_bits(OPS.sdpa(*strided, **ARGUMENTS), OPS.sdpa(*dense, **ARGUMENTS))
+    found, expected = (OPS.sdpa_with_lse(*x, **ARGUMENTS) for x in (strided, dense))
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("causal", ["none", "bottom_right"])
+def test_views_of_a_fused_projection_beyond_32_bits(causal: str) -> None:
+    """256k tokens of 86 heads; two of them are computed."""
+    tokens, heads, d = 2**18, 86, 64
+    storage = torch.empty(1, tokens, 3, heads, d, dtype=torch.bfloat16, device="cuda")
+    assert storage.numel() > BEYOND
+    views = [storage[:, :, i, -2:].transpose(1, 2) for i in range(3)]
+    for view in views:
+        view.copy_(normal(*view.shape))
+    # Every 64th query row keeps the time short; those of K and V are all read.
+    query = views[0][:, :, 63::64]
+    dense = [x.contiguous() for x in (query, *views[1:])]
+    found = OPS.sdpa(query, *views[1:], None, causal, **ARGUMENTS)
+    assert same_bits(found, OPS.sdpa(*dense, None, causal, **ARGUMENTS))
+
+
+def test_outputs_beyond_32_bits() -> None:
+    heads, n, d = 257, 2**17, 128
+    one, k, v = normal(1, 1, n, d), normal(1, 1, 64, d), normal(1, 1, 64, d)
+    q, k_all, v_all = (x.expand(1, heads, -1, -1) for x in (one, k, v))
+    output, lse = OPS.sdpa_with_lse(q, k_all, v_all, None, "top_left", **ARGUMENTS)
+    assert output.numel() > BEYOND
+    alone, alone_lse = OPS.sdpa_with_lse(one, k, v, None, "top_left", **ARGUMENTS)
+    for head in (0, 127, 128, 255, 256):
+        assert same_bits(output[:, head], alone[:, 0])
+        assert same_bits(lse[:, head], alone_lse[:, 0])
+
+
+def test_prepared_images_beyond_32_bits() -> None:
+    heads, m, d = 257, 2**17, 128
+    q, k, v = normal(1, 1, 16, d), normal(1, 1, m, d), normal(1, 1, m, d)
+    alone = OPS.sdpa(q, k, v, **ARGUMENTS)
+    everyone = [x.expand(1, heads, -1, -1) for x in (q, k, v)]
+    whole = OPS.sdpa(*everyone, **ARGUMENTS)
+    prepared = OPS.prepare_kv(*everyone[1:])
+    assert prepared[0].numel() > BEYOND
+    for head in (0, 127, 128, 255, 256):
+        assert same_bits(whole[:, head], alone[:, 0])
+        last = [x[:, head : head + 1] for x in prepared]
+        assert same_bits(OPS.attention_prepared(q, *last, m, d), alone)
+
+
+def test_mask_strides_beyond_32_bits() -> None:
+    """A query row every 2**28 elements."""
+    q, k, v = normal(1, 2, 16, 64), normal(1, 2, 300, 64), normal(1, 2, 300, 64)
+    dense = normal(16, 300)
+    storage = torch.empty(16 * 2**28 + 300, dtype=torch.bfloat16, device="cuda")
+    mask = storage.as_strided((16, 300), (2**28, 1)).copy_(dense)
+    found = OPS.sdpa(q, k, v, mask, **ARGUMENTS)
+    assert same_bits(found, OPS.sdpa(q, k, v, dense, **ARGUMENTS))
+
+
+@pytest.mark.parametrize("causal", ["none", "top_left"])
+def test_256k_tokens_are_within_budget(causal: str) -> None:
+    """64 rows in the middle and the last 64, each against all keys."""
+    tokens, d = 2**18, 64
+    q, k, v = normal(1, 1, tokens, d), normal(1, 1, tokens, d), normal(1, 1, tokens, d)
+    output, lse = OPS.sdpa_with_lse(q, k, v, None, causal, **ARGUMENTS)
+    mean = OPS.prepare_kv(k, v)[2]
+    oracle = {**ORACLE, "smooth": "kv", "key_mean": mean}
+    keys = torch.arange(tokens, device="cuda")
+    for first in (100032, tokens - 64):
+        rows = torch.arange(first, first + 64, device="cuda")
+        mask = keys <= rows[:, None] if causal == "top_left" else None
+        block = Inputs(q[:, :, first : first + 64], k, v, mask, "none", None)
+        expected = expect(*block, **oracle)
+        place = (slice(None), slice(None), slice(first, first + 64))
+        assert_within_budget(output[place].contiguous(), expected, lse=lse[place])
+
+
+def test_a_million_tokens() -> None:
+    """The accuracy that 4,096 tokens have; 64 rows at a time are compared with exact attention."""
+    tokens, d = 2**20, 64
+    q, k, v = normal(1, 1, tokens, d), normal(1, 1, tokens, d), normal(1, 1, tokens, d)
+    output = OPS.sdpa(q, k, v, **ARGUMENTS)
+    causal = OPS.sdpa(q, k, v, None, "bottom_right", **ARGUMENTS)
+    last = slice(tokens - 64, None)
+    for first in range(0, tokens, tokens // 8):
+        rows = slice(first, first + 64)
+        exact = exact_attention(q[:, :, rows], k, v).output
+        assert relative_l1(output[:, :, rows], exact) <= 0.045
+    exact = exact_attention(q[:, :, last], k, v, None, "bottom_right").output
+    assert relative_l1(causal[:, :, last], exact) <= 0.045
