@@ -1,8 +1,9 @@
 """The specification as readable torch code: every kernel is tested against this package.
 
-Plain torch on the CPU, no extension, no autograd. ``quantize.py`` holds the quantizers (kernels
-must match them bit for bit), ``accumulate.py`` the formats of P and the accumulators of tensor
-cores, ``attention.py`` the attention itself.
+Plain torch, no extension, no autograd. ``quantize.py`` holds the quantizers (kernels must match
+them bit for bit), ``operands.py`` what they make of the arguments, ``accumulate.py`` the formats of
+P and the accumulators of tensor cores, ``attention.py`` the attention itself, ``grouped.py`` that
+with scales of V per group of keys.
 
 Where algorithm.md leaves a choice, it is made and documented here:
 
@@ -18,7 +19,10 @@ Where algorithm.md leaves a choice, it is made and documented here:
 * The output is a convex combination of V, so where rounding V carries a finite result past the
   largest number of the output's type (fp16 65504 is 65536 in bf16), it saturates there.
 * The row sum is taken from the rounded P for 16-bit and INT8 P, from the unrounded P for FP8 P
-  (2.6); the lse always from the unrounded P.
+  (2.6); the lse always from the unrounded P. With scales of V per group of keys the accumulator
+  itself sums the rounded P, as it sums P V.
+* V that is not finite poisons its channel; with scales per group of keys, in the rows whose last
+  visible key lies in that group or behind it.
 
 Source: SageAttention (arXiv 2410.02367), SageAttention2 (arXiv 2411.10958), SageAttention2++
 (arXiv 2505.21136).
