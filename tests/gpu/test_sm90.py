@@ -197,4 +197,8 @@ def test_accuracy_at_4096_tokens(
 ) -> None:
     inputs = accuracy_inputs(data, head_dim, causal)
     output = OPS.sdpa(*inputs, **RECIPE, smooth="kv", exponential=exponential)
-    assert relative_l1(output, exact_attention(*inputs).output) <= bound
+    exact = []
+    for head in range(inputs.query.shape[1]):  # one at a time: workers share the GPU's memory
+        q, k, v = (x[:, head : head + 1] for x in inputs[:3])
+        exact.append(exact_attention(q, k, v, None, causal).output)
+    assert relative_l1(output, torch.cat(exact, dim=1)) <= bound

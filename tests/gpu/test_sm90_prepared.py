@@ -178,7 +178,8 @@ def test_functions_run_the_ops() -> None:
     whole = OPS.sdpa(q, k, v, None, "top_left", **RECIPE, smooth="kv", exponential=EXPONENTIALS[0])
     found = torch_sage.attention_prepared(q, prepared, is_causal=True)
     assert same_bits(found, whole)
-    one = prepared._replace(**{n: x[1:, 2:] for n, x in zip(prepared._fields, prepared[:6])})  # noqa: B905
+    tensors = dict(zip(prepared._fields, prepared[:6], strict=False))
+    one = prepared._replace(**{name: x[1:, 2:] for name, x in tensors.items()})
     assert same_bits(torch_sage.attention_prepared(q[1:, 2:], one, is_causal=True), whole[1:, 2:])
 
 
