@@ -202,7 +202,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "query dtype": ("query", lambda x: x.int(), "query must have dtype float32 or bfloat16"),
     "query head_dim": ("query", lambda x: x[..., :-1], "key_mean must have shape [2, 2, 79]"),
     "query heads": ("query", lambda x: x[:, :3], "key_codes must have a number of heads that"),
-    "query device": ("query", lambda x: x.cpu(), "query must be on a GPU"),
+    "query device": ("query", lambda x: x.cpu(), "query must be on cuda"),
     "codes rank": ("key_codes", lambda x: x[0], "key_codes must be 4-D"),
     "codes shape": ("key_codes", lambda x: x[:, :, 1:], "key_codes must have shape [2, 2, 6, 8192"),
     "codes dtype": ("key_codes", lambda x: x.view(torch.uint8), "key_codes must have dtype int8"),
@@ -254,6 +254,7 @@ def test_bad_keys_and_recipes_are_named() -> None:
         ({"value": k[:, :, 1:]}, "value must have"),
         ({"value": k.half()}, "value must have"),
         ({"value": k.cpu()}, "value must be on cuda"),
+        ({"key": k.cpu()}, "key must be on cuda"),
         ({"key": torch.randn(1, 2, 8, 129, device="cuda")}, "head_dim of at most 128"),
     ]
     for change, message in bad:
@@ -265,6 +266,9 @@ def test_bad_keys_and_recipes_are_named() -> None:
         (name,) = recipe
         with pytest.raises(ValueError, match=f"{name} must be one of"):
             OPS.attention_prepared(k, *prepared, 8, 64, **recipe)
+    for name, args in (("query", (k.cpu(), k, k)), ("key", (k, k.cpu(), k))):
+        with pytest.raises(ValueError, match=f"{name} must be on cuda"):
+            OPS.sdpa(*args, **RECIPE, smooth="kv")
     for recipe in ({"granularity": "token"}, {"qk": "int4"}, {"smooth": "qk"}):
         (name,) = recipe
         with pytest.raises(ValueError, match=f"{name} must be one of"):
