@@ -2,14 +2,13 @@
 
 Quantizing costs time per element of q, k and v, and saves time per multiplication, so what decides
 is their ratio: how often an element is used. Grouped heads save no elements: smoothing Q reads K
-once for every query head. A fixed cost per call comes on top. The numbers of a device are printed
-by ``python -m benchmarks.bench_attention --crossover``; docs/kernels/cpu.md shows the measurements
-behind them.
+once for every query head. A fixed cost per call comes on top. The numbers are printed by
+``python -m benchmarks.bench_attention --crossover`` for CPUs (docs/kernels/cpu.md shows the
+measurements) and ``python -m benchmarks.crossover_gpu`` (docs/kernels/hopper.md).
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 
@@ -24,30 +23,42 @@ class Crossover(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The crossovers of one family of kernels."""
+    """The crossovers of one family of kernels, faster from any one of a tuple's on."""
 
-    full: Crossover
-    """Without a mask, or with one that is a tensor."""
+    full: tuple[Crossover, ...]
+    """Without a mask."""
 
-    causal: Crossover
+    causal: tuple[Crossover, ...]
     """With a causal mask, which halves the products and leaves the cost of quantizing."""
 
+    masked: tuple[Crossover, ...]
+    """With a mask that is a tensor."""
 
-_NEVER = Crossover(reuse=math.inf, multiplications=math.inf)
+
+_NEVER = Rule(full=(), causal=(), masked=())
 # SDPA on CPU hardly saves what a causal mask hides, so the same sizes decide.
-_CPU = Crossover(reuse=64, multiplications=9.4e6)
+_CPU = (Crossover(reuse=64, multiplications=9.4e6),)
 
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
 # without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
 #
 # CUDA: on an H100 the Triton kernels had 0.2 to 0.8 times the speed of torch's best backend
-# (docs/kernels/triton.md). Other GPUs are not measured, nor are the kernels for compute capability
-# 9.0: what is not known to be faster does not run unless dispatch='always' asks for it.
+# (docs/kernels/triton.md). The kernels for compute capability 9.0 won by 1.03 to 1.6 times at all
+# sizes that their rule takes, and reached 0.3 to 0.6 times the speed of SDPA with a mask. Other
+# GPUs are not measured: what is not known to be faster does not run unless dispatch='always' asks
+# for it.
 CROSSOVER: dict[str, Rule] = {
-    "cpu": Rule(full=_CPU, causal=_CPU),
-    "cpu.portable": Rule(full=_NEVER, causal=_NEVER),
-    "cuda": Rule(full=_NEVER, causal=_NEVER),
-    "cuda.sm90": Rule(full=_NEVER, causal=_NEVER),
+    "cpu": Rule(full=_CPU, causal=_CPU, masked=_CPU),
+    "cpu.portable": _NEVER,
+    "cuda": _NEVER,
+    "cuda.sm90": Rule(
+        full=(
+            Crossover(reuse=1365, multiplications=6.8e10),
+            Crossover(reuse=2048, multiplications=3.8e10),
+        ),
+        causal=(Crossover(reuse=2048, multiplications=6.7e7),),
+        masked=(),
+    ),
 }
 
 
@@ -55,6 +66,7 @@ def prefers_exact(
     kernel: str,
     *,
     is_causal: bool,
+    has_mask: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
@@ -67,7 +79,10 @@ def prefers_exact(
     ``kernel`` is a key of ``CROSSOVER``.
     """
     rule = CROSSOVER[kernel]
-    crossover = rule.causal if is_causal else rule.full
+    crossovers = rule.masked if has_mask else rule.causal if is_causal else rule.full
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
     elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
-    return multiplications < max(crossover.multiplications, crossover.reuse * elements)
+    return not any(
+        multiplications >= max(crossover.multiplications, crossover.reuse * elements)
+        for crossover in crossovers
+    )

@@ -23,7 +23,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the codes of V by format
 MAX_HEAD_DIM = 256  # largest head_dim whose tiles fit the kernels' registers and shared memory
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
-PADDED_HEAD_DIMS = (64, 128, 256)  # channels of a row of prepared keys and values
+PADDED_HEAD_DIMS = (64, 128)  # channels of a row of prepared keys and values
 TILE = 64  # tokens of one image of prepared codes
 KEY_BLOCK = 128  # tokens that share four scales of prepared keys
 VALUE_GROUP = 1024  # tokens that share a scale and a shift per channel of prepared values
@@ -149,10 +149,19 @@ def limits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) 
 def largest_head_dim(*tensors: Tensor) -> int:
     """Return the largest head dimension, which decides what kernels fit, up to ``MAX_HEAD_DIM``.
 
-    One that is not known counts as that.
+    One that is not known counts as that; on a GPU, where there is a choice of kernels, a symbolic
+    one is guarded to stay among those that the same kernel takes.
     """
-    known_sizes = (t.shape[-1] if isinstance(t.shape[-1], int) else MAX_HEAD_DIM for t in tensors)
-    return min(max(known_sizes), MAX_HEAD_DIM)
+    return min(max(_bound(tensor) for tensor in tensors), MAX_HEAD_DIM)
+
+
+def _bound(tensor: Tensor) -> int:
+    size = tensor.shape[-1]
+    if isinstance(size, int):
+        return size
+    if tensor.device.type != "cuda" or not size.node.has_hint():
+        return MAX_HEAD_DIM
+    return next((bound for bound in PADDED_HEAD_DIMS if size <= bound), MAX_HEAD_DIM)
 
 
 def recipe_problems(wanted: Mapping[str, Mapping[str, str]], head_dim: int = 1) -> list[str]:
@@ -288,7 +297,8 @@ def quantized_problems(
 
 def padded_head_dim(head_dim: Size, head_dim_v: Size) -> int:
     """Return how many channels a row of prepared keys, and one of values, has."""
-    return next(size for size in PADDED_HEAD_DIMS if max(head_dim, head_dim_v) <= size)
+    fits = (size for size in PADDED_HEAD_DIMS if head_dim <= size and head_dim_v <= size)
+    return next(fits, PADDED_HEAD_DIMS[-1])  # wider ones are refused elsewhere
 
 
 def prepared_operands(

@@ -97,7 +97,7 @@ def why_not(
     if (
         not reasons
         and config.dispatch == "measured"
-        and _exact_is_faster(q, k, v, causal != "none", config)
+        and _exact_is_faster(q, k, v, attn_mask, causal, config)
     ):
         message = (
             f"query {list(query.shape)} and key {list(key.shape)} must have sizes at which "
@@ -358,7 +358,12 @@ def _limit_reasons(
 
 
 def _exact_is_faster(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, config: SageConfig
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    causal: str,
+    config: SageConfig,
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
     batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
@@ -367,7 +372,8 @@ def _exact_is_faster(
     )
     return prefers_exact(
         _CPU_KERNEL if row == "cpu" else row,
-        is_causal=is_causal,
+        is_causal=causal != "none",
+        has_mask=attn_mask is not None,
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,
