@@ -49,7 +49,8 @@ inline constexpr Names<OutputOrder, 2> kOutputOrders = {
     {{"bhsd", OutputOrder::kBhsd}, {"bshd", OutputOrder::kBshd}}};
 
 template <typename Enum, size_t N>
-Enum parse(const char* argument, std::string_view value, const Names<Enum, N>& names) {
+Enum parse(const char* argument, std::string_view value, const Names<Enum, N>& names,
+           const char* device = "cpu") {
   for (const auto& [name, enumerator] : names) {
     if (value == name) return enumerator;
   }
@@ -57,7 +58,7 @@ Enum parse(const char* argument, std::string_view value, const Names<Enum, N>& n
   for (const auto& [name, enumerator] : names) {
     valid += std::string(valid.empty() ? "" : ", ") + "'" + std::string(name) + "'";
   }
-  fail(argument, " must be one of [", valid, "] on cpu, got '", value, "'");
+  fail(argument, " must be one of [", valid, "] on ", device, ", got '", value, "'");
 }
 
 }  // namespace torch_sage

@@ -173,8 +173,8 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   check(std::string_view(granularity) == "token_thread",
         "granularity must be one of ['token_thread'] in this recipe, got '",
         std::string_view(granularity), "'");
-  const bool exact = parse("exponential", exponential, kExact);
-  const Smooth smoothing = parse("smooth", smooth, kSmoothing);
+  const bool exact = parse("exponential", exponential, kExact, "cuda");
+  const Smooth smoothing = parse("smooth", smooth, kSmoothing, "cuda");
   const int device = hopper_index("query", query);
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
@@ -217,7 +217,7 @@ void point_to(const Prepared& tensors, PreparedKv& view) {
 
 Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seqlen_k,
                        int64_t head_dim_v, const Request& request, const Text& exponential) {
-  const bool exact = parse("exponential", exponential, kExact);
+  const bool exact = parse("exponential", exponential, kExact, "cuda");
   const int index = hopper_index("query", query);
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
@@ -228,7 +228,7 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
   check(head_dim_v >= 1, "head_dim_v must be at least 1, got ", head_dim_v);
   const auto& [key_codes, key_scales, key_mean, value_codes, value_scales, value_shift] = tensors;
   check(key_codes.defined() && key_codes.dim() == 4,
-        "key_codes must be 4-D [batch, heads, tiles, bytes]");
+        "key_codes must be 4-D [batch, heads, tiles, bytes], got another rank");
   const int64_t heads = key_codes.size(1);
   check_heads(q.heads, heads, "key_codes");
   KeysAndValues kv(heads, seqlen_k, q.columns, head_dim_v);
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
 }
 
 Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) {
-  const Smooth smoothing = parse("smooth", smooth, kSmoothing);
+  const Smooth smoothing = parse("smooth", smooth, kSmoothing, "cuda");
   const int device = hopper_index("key", key);
   const DeviceGuard guard(device);
   // Key stands in for a query: what key and value must have in common is checked.
