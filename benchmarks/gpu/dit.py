@@ -61,7 +61,7 @@ class Model(NamedTuple):
     """One architecture: how to build it, and its sizes by name."""
 
     build: Callable[[Size, bool], Built]
-    """From the size and whether all widths are tiny, on torch's default device, in fp32."""
+    """From the size and whether all else is tiny, on torch's default device, in fp32."""
     sizes: dict[str, Size]
 
 
@@ -70,12 +70,12 @@ def cogvideox(size: Size, tiny: bool) -> Built:
     from diffusers import CogVideoXTransformer3DModel
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    heads, text_dim, text = (2, 64, 26) if tiny else (48, 4096, 226)
+    heads, text_dim, text, layers = (2, 64, 26, 1) if tiny else (48, 4096, 226, LAYERS)
     model = CogVideoXTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=64,
         text_embed_dim=text_dim,
-        num_layers=LAYERS,
+        num_layers=layers,
         patch_size=2,
         patch_size_t=2,
         sample_height=2 * size.height,
@@ -105,10 +105,10 @@ def flux(size: Size, tiny: bool) -> Built:
     """FLUX.1-dev: 24 heads of 128, layers with separate and with common weights for text."""
     from diffusers import FluxTransformer2DModel
 
-    heads, text_dim, text = (1, 64, 26) if tiny else (24, 4096, 512)
+    heads, text_dim, text, layers = (1, 64, 26, 1) if tiny else (24, 4096, 512, LAYERS)
     model = FluxTransformer2DModel(
-        num_layers=LAYERS,
-        num_single_layers=LAYERS,
+        num_layers=layers,
+        num_single_layers=layers,
         num_attention_heads=heads,
         joint_attention_dim=text_dim,
         guidance_embeds=True,

@@ -64,7 +64,6 @@ def test_each_attention_is_in_its_model_and_a_wrong_one_is_not_timed(monkeypatch
     path = tmp_path / "out.json"
     arguments = "--tiny --device cpu --models cogvideox --dispatch always --seconds 0.01 --json"
     monkeypatch.setattr(sys, "argv", ["bench_dit", *arguments.split(), str(path)])
-    monkeypatch.setattr(dit, "LAYERS", 1)
     record = run(gain=1)
     contenders = record["contenders"]
     assert list(contenders) == ["default", "sage", "fa3"]
