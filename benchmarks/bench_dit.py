@@ -2,12 +2,12 @@
 
 A CogVideoX-1.5-5B- and a FLUX.1-shaped transformer of diffusers, random weights, two layers of each
 kind, at about 4k, 17k and 45k tokens; a step is one forward pass. As diffusers recommends, the
-layers are compiled, and layers of one kind share a graph. ``default`` is torch's SDPA, ``sage`` the
-same model with ``options=torch_sage.options(...)``, ``fa3`` with FlashAttention-3 (bf16) in SDPA's
-place, left out where it is not installed. Medians of the device's time, contenders in turn. The
-cosine is that of the output with the default's; the one of "none", where attention returns zeros,
-shows how much of the output attention decides at all. ``rewritten`` counts attention nodes of
-compiled graphs, from torch_sage's report.
+layers are compiled; those of one kind and the same strides of inputs share a graph. ``default`` is
+torch's SDPA, ``sage`` the same model with ``options=torch_sage.options(...)``, ``fa3`` with
+FlashAttention-3 (bf16) in SDPA's place, left out where it is not installed. Medians of the device's
+time, contenders in turn. The cosine is that of the output with the default's; the one of "none",
+where attention returns zeros, shows how much of the output attention decides at all. ``rewritten``
+counts attention nodes of compiled graphs, from torch_sage's report.
 """
 
 from __future__ import annotations
