@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 import torch_sage
@@ -210,24 +210,3 @@ def test_memory_order_of_the_output(order: str, dtype: torch.dtype) -> None:
     assert output.shape == (2, 3, 77, 33) and output.dtype == dtype
     assert lse.is_contiguous() and lse.dtype == torch.float32
     assert same_bits(output, OPS.sdpa_with_lse(q, k, v[..., :33], **DEFAULT)[0])
-
-
-class Attend(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def test_package_of_an_exported_program(tmp_path: Any) -> None:
-    inputs = qkv(1, 4, 300, 64)
-    tokens = torch.export.Dim("tokens", min=2, max=4096)
-    shapes = {name: {2: tokens} for name in ("q", "k", "v")}
-    program = torch.export.export(Attend(), inputs, dynamic_shapes=shapes)
-    program = torch_sage.apply_to_exported(program, ALWAYS)
-    package = torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(tmp_path / "package.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
-    )
-    model = torch._inductor.aoti_load_package(package)
-    for x in (inputs, qkv(1, 4, 1111, 64)):
-        assert same_bits(model(*x), OPS.sdpa(*x, None, "top_left", **DEFAULT))

@@ -134,6 +134,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   sm90::let_next_kernel_start();
   if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
   cg::cluster_group cluster = cg::this_cluster();
+  // Another block's shared memory may be written to once that block runs.
+  auto started = cluster.barrier_arrive();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int seqlen = p.kv.seqlen, blocks = static_cast<int>(p.kv.groups()) * kBlocks;
   const int head = blockIdx.x / blocks, block = blockIdx.x % blocks;
@@ -280,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     const float folded_sum = fold_16_lanes(sum, lane, [](float a, float b) { return a + b; });
     const float folded_low = fold_16_lanes(low, lane, smaller_of);
     const float folded_high = fold_16_lanes(high, lane, larger_of);
+    cluster.barrier_wait(std::move(started));
     // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
     for (int to = lane % 16 / 8; to < kBlocks; to += 2) {
       Shared<kWidth>* other = cluster.map_shared_rank(&shared, to);
@@ -346,9 +349,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   }
   const float folded = fold_16_lanes(error, lane, [](float a, float b) { return a + b; });
   if (lane % 16 < 8) cluster.map_shared_rank(&shared, 0)->error[share][owned_column] = folded;
-  auto token = cluster.barrier_arrive();
+  auto written = cluster.barrier_arrive();
   if (cluster.block_rank() != 0) return;
-  cluster.barrier_wait(std::move(token));
+  cluster.barrier_wait(std::move(written));
   if (thread < kWidth) {
     float total = 0;
     for (int i = 0; i < kShares<kWidth>; i++) total += shared.error[i][thread];
