@@ -177,7 +177,7 @@ class Consumer {
   __device__ __forceinline__ void multiply_keys(int n, bool waits) {
     const unsigned count = count_ + n, stage = count % kStages;
     if (waits) {
-      barrier_wait(barriers_.key_full(stage), (count / C::kStages) & 1);
+      barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
       key_scale_ = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt + stage * 16)[quad_];
     }
     const uint64_t keys = descriptor<C::kWidth>(base_ + C::kKeyAt + stage * C::kKeyBytes);
