@@ -69,7 +69,7 @@ class Consumer {
     } else {
       exponentiate<false>(skip_, factor);
     }
-    if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + skip_) % kStages));
+    release_keys(skip_);
     pack();
     int n = skip_ + 1;
 #pragma unroll 1
@@ -98,6 +98,12 @@ class Consumer {
     }
   }
 
+  // Lets the keys of step n and their scales be overwritten.
+  __device__ __forceinline__ void release_keys(int n) const {
+    __syncwarp();  // all lanes have read their scale
+    if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
+  }
+
   // Scores and P of step n; P V of the one before is added.
   template <bool kHasHidden>
   __device__ __forceinline__ bool take_step(int n, float (&factor)[2], float (&old_max)[2]) {
@@ -107,7 +113,7 @@ class Consumer {
     old_max[0] = max_[0];
     old_max[1] = max_[1];
     const bool moved = exponentiate<kHasHidden>(n, factor);
-    if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
+    release_keys(n);
     wgmma_wait<0>();
     if (lane_ == 0) barrier_arrive(barriers_.value_empty((count_ + n - 1) % kStages));
     hold_output();
