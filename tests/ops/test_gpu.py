@@ -44,7 +44,7 @@ if {archs}:
 
 
 @pytest.mark.parametrize("archs", [(), ("sm90",)], ids=["without", "with"])
-def test_the_whole_op_on_cuda_is_the_librarys_where_it_has_kernels(archs: tuple[str, ...]) -> None:
+def test_the_library_runs_the_whole_op_on_cuda_where_it_has_kernels(archs: tuple[str, ...]) -> None:
     done = run_python("-c", PRETEND.format(archs=archs))
     assert done.returncode == 0, done.stderr
     ours, private = done.stdout.splitlines()
