@@ -189,8 +189,8 @@ def assert_within_budget(actual: Tensor, expected: Expected, *, lse: Tensor | No
         used = budget_use(lse, expected.oracle.lse, expected.naive.lse, expected.lse_rounding)
         assert used <= 1, f"lse error is {used:.3g} times its budget"
     sums = expected.output_rounding
-    # What is specified is judged by the worst of a head: the errors of a block with few channels are
-    # a small sample, whose largest another rounding may exceed twofold.
+    # What is specified is judged by the worst of a head: a block with few channels is a small
+    # sample of errors, whose largest another rounding may exceed twofold.
     error = block_max(actual.double() - expected.exact.output).amax(-1)
     allowed = budget(expected.exact.output, expected.naive.output, sums).amax(-1)
     used = (error / allowed).max().item() if error.numel() else 0.0
