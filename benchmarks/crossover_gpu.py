@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,7 @@ def exact(
         def run() -> Tensor:
             arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal}
             grouped = q.shape[1] != k.shape[1]
-            if backend is None:
-                return F.scaled_dot_product_attention(q, k, v, **arguments, enable_gqa=grouped)
-            with sdpa_kernel(backend):
+            with nullcontext() if backend is None else sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, **arguments, enable_gqa=grouped)
 
         return run

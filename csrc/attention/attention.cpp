@@ -1,12 +1,9 @@
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "attention/cpu/launch.h"
 #include "attention/request.h"
-#include "common/check.h"
 #include "common/operand.h"
 #include "common/types.h"
 #include "ops.h"
@@ -84,12 +81,7 @@ Result attend(const FloatOperand& q, const Query& query, const Keys& keys, const
   std::optional<Mask> mask;
   if (request.attn_mask.has_value()) {
     mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, keys.rows);
-    params.mask_kind = mask->kind;
-    params.mask = mask->tensor.const_data_ptr();
-    params.mask_stride_b = mask->strides[0];
-    params.mask_stride_h = mask->strides[1];
-    params.mask_stride_n = mask->strides[2];
-    params.mask_stride_m = mask->strides[3];
+    set_mask(params, *mask);
   }
 
   const Tensor output = new_output(q, values.columns, request.output_order);

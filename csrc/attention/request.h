@@ -37,6 +37,17 @@ void check_heads(int64_t heads_q, int64_t heads_kv, const char* key);
 void check_same(const char* name, const char* what, const char* other, int64_t expected,
                 int64_t got);
 
+// Gives a kernel's parameters the mask, which must outlive their use.
+template <typename Params>
+void set_mask(Params& params, const Mask& mask) {
+  params.mask_kind = mask.kind;
+  params.mask = mask.tensor.const_data_ptr();
+  params.mask_stride_b = mask.strides[0];
+  params.mask_stride_h = mask.strides[1];
+  params.mask_stride_n = mask.strides[2];
+  params.mask_stride_m = mask.strides[3];
+}
+
 double softmax_scale(const FloatOperand& query, const Request& request);
 
 // The uninitialised output [b, h_q, n, head_dim_v] in the dtype of `query` and the order asked for.

@@ -3,12 +3,11 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "common/check.h"
+#include "cuda/error.h"
 
 namespace torch_sage {
 namespace {
@@ -29,11 +28,8 @@ GetStream find_get_stream() {
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch would be blamed
-    throw std::runtime_error(std::string("cudaDeviceGetAttribute failed: ") +
-                             cudaGetErrorString(error));
-  }
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed
+  check_cuda(error, "cudaDeviceGetAttribute");
   return value;
 }
 

@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kMaxWidth = 128;
-constexpr int64_t kMaxRows =
-    1 << 30;  // row numbers and their differences are 32-bit in the kernels
+// Row numbers and their differences are 32-bit in the kernels.
+constexpr int64_t kMaxRows = 1 << 30;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
@@ -35,10 +35,6 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
 
 void check_rows(const char* name, int64_t rows) {
   check(rows <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ", rows);
-}
-
-Tensor new_bytes(int64_t bytes, const Device& device) {
-  return new_tensor({bytes}, ScalarType::Byte, device);
 }
 
 // The same rows where vector loads of 8 elements can read them; a zero-padded copy where not.
@@ -86,7 +82,6 @@ int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1];
 void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
              const KeysAndValues& kv, int* work_counter, cudaStream_t stream) {
   check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
-  check_rows("key", key.rows);
   if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
   PrepareParams params{};
@@ -148,12 +143,7 @@ Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request&
   if (request.attn_mask.has_value()) {
     mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.view.seqlen,
                      query.tensor.device());
-    params.mask_kind = mask->kind;
-    params.mask = mask->tensor.const_data_ptr();
-    params.mask_stride_b = mask->strides[0];
-    params.mask_stride_h = mask->strides[1];
-    params.mask_stride_n = mask->strides[2];
-    params.mask_stride_m = mask->strides[3];
+    set_mask(params, *mask);
   }
   params.output = result.output.mutable_data_ptr();
   params.output_rows = {result.output.stride(0), result.output.stride(1), result.output.stride(2)};
@@ -188,8 +178,8 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   const int64_t key_scales = aligned(per_batch * count(kv.key_scales()) * 4);
   const int64_t key_mean = aligned(per_batch * k.columns * 4);
   const int64_t value_scales = aligned(per_batch * count(kv.value_scales()) * 4);
-  const Tensor workspace =
-      new_bytes(2 * codes + key_scales + key_mean + 2 * value_scales + 256, query.device());
+  const Tensor workspace = new_tensor({2 * codes + key_scales + key_mean + 2 * value_scales + 256},
+                                      ScalarType::Byte, query.device());
   auto* at = static_cast<std::byte*>(workspace.mutable_data_ptr());
   const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
   kv.view.key_codes = reinterpret_cast<int8_t*>(take(codes));

@@ -5,11 +5,9 @@
 // buffer in shared memory. Behind V stand rows of ones, so the same instruction sums P.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "attention/sm90/consumer.cuh"
 #include "attention/sm90/producer.cuh"
+#include "cuda/error.h"
 
 namespace torch_sage::sm90 {
 
@@ -55,11 +53,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, barriers, work).run();
   }
-}
-
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
 }
 
 template <class C>

@@ -24,7 +24,7 @@ __device__ __forceinline__ float with_mask(float logit, Element element) {
     const float bias = to_float(element), scaled = bias * kLog2E;
     if (bias == -INFINITY) return bias;  // hides the key even where its scale is NaN
     const bool overflows = fabsf(scaled) == INFINITY && bias != INFINITY;
-    return logit + (overflows ? copysignf(3.402823466e38f, bias) : scaled);
+    return logit + (overflows ? copysignf(kLargestFloat, bias) : scaled);
   }
 }
 

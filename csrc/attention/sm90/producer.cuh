@@ -8,6 +8,7 @@
 #include "attention/sm90/ptx.cuh"
 #include "attention/sm90/work.cuh"
 #include "quantize/cuda/rules.cuh"
+#include "quantize/cuda/words.cuh"
 
 namespace torch_sage::sm90 {
 
@@ -69,15 +70,7 @@ struct Eight {
   uint32_t words[kIsWide ? 8 : 4];
 
   __device__ __forceinline__ void load(const char* at, bool is_inside) {
-    const uint4* from = reinterpret_cast<const uint4*>(at);
-#pragma unroll
-    for (int i = 0; i < (kIsWide ? 2 : 1); i++) {
-      const uint4 part = is_inside ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
-      words[4 * i] = part.x;
-      words[4 * i + 1] = part.y;
-      words[4 * i + 2] = part.z;
-      words[4 * i + 3] = part.w;
-    }
+    load_words(words, at, is_inside);
   }
 
   // Magnitudes compare as integers, so that NaN is the largest; those of 16 bits in the upper half.
@@ -193,7 +186,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
                             pack_s8(__fmul_rn(high.x, factor), __fmul_rn(high.y, factor), 0));
       }
       const int column = (c * kLanes + part) * 8, chunk = column >> 4;
-      const int place = C::kWidth == 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+      const int place = swizzled<C::kWidth>(chunk, row);
       *reinterpret_cast<uint2*>(codes + row * C::kWidth + place * 16 + (column & 8)) =
           make_uint2(packed[0], packed[1]);
     }
@@ -235,6 +228,7 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
     } else {
       quantize_query_rows<C, false>(p, work, codes, scales, shifts, thread);
     }
+    // The next piece of work is counted by what prepare_kv has zeroed.
     if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
     fence_async_proxy();
     barrier_arrive(barriers.query_full(slot));

@@ -72,6 +72,13 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
          kSwizzle << 62;
 }
 
+// Where that swizzle puts a 16-byte chunk of a row.
+template <int kRowBytes>
+__device__ __forceinline__ int swizzled(int chunk, int row) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return kRowBytes == 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+}
+
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));

@@ -1,22 +1,21 @@
 // K and V in the layout of Hopper's attention kernel, each read once, in one launch.
 //
-// A cluster of blocks takes a value group: 1024 tokens of one head. V needs its largest magnitude
-// over the group before any code is known, so the blocks exchange that through shared memory; the
-// tokens themselves stay in registers. Means are those of 32 sampled tokens: softmax does not
-// change whatever vector is subtracted from all keys of a head, and its weights, which sum to 1,
-// pass any vector that is subtracted from all values on to the output.
+// A cluster of blocks takes a value group: 1024 tokens of one head. V needs its mean and its
+// extremes over the group before any code is known, so the blocks exchange those through shared
+// memory; the tokens themselves stay in registers. The mean of K is that of 32 sampled tokens:
+// softmax does not change whatever vector is subtracted from all keys of a head.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <utility>
 
 #include "attention/sm90/ptx.cuh"
+#include "cuda/error.h"
 #include "quantize/cuda/prepared.h"
 #include "quantize/cuda/rules.cuh"
+#include "quantize/cuda/words.cuh"
 
 namespace torch_sage {
 namespace {
@@ -33,15 +32,7 @@ struct Vector8 {
   uint32_t words[kWords];
 
   __device__ __forceinline__ void load(const Element* from, bool is_inside) {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 part =
-          is_inside ? __ldg(reinterpret_cast<const uint4*>(from) + i / 4) : make_uint4(0, 0, 0, 0);
-      words[i] = part.x;
-      words[i + 1] = part.y;
-      words[i + 2] = part.z;
-      words[i + 3] = part.w;
-    }
+    load_words(words, from, is_inside);
   }
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (sizeof(Element) == 4) {
@@ -92,8 +83,6 @@ __device__ __forceinline__ float fold_16_lanes(float (&x)[8], int lane, Fold fol
   }
   return fold(x[0], __shfl_xor_sync(~0u, x[0], 8));
 }
-
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 
 // Tokens of a block: so many that a thread has the same number of elements at any width.
 template <int kWidth>
@@ -251,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
                              sm90::pack_s8(x[4], x[5], sm90::pack_s8(x[6], x[7], 0)));
     if (row >= valid) codes = make_uint2(0, 0);
     const int chunk = key_column / 16;
-    const int place = kWidth == 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+    const int place = sm90::swizzled<kWidth>(chunk, row);
     if (first / kKeyTile + row / kKeyTile < tiles)
       *reinterpret_cast<uint2*>(key_image + row * kWidth + place * 16 + key_column % 16) = codes;
   }
@@ -338,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
                                  << 16;
       code_sum = __hadd2(code_sum, __hadd2(low, high));
       const int tile = first / kKeyTile + first_panel + panel;
-      const int place = (quad / 4) ^ (column >> 1 & 3);
+      const int place = sm90::swizzled<kKeyTile>(quad / 4, column);
       if (tile < tiles)
         *reinterpret_cast<uint32_t*>(p.kv.value_codes +
                                      (head * tiles + tile) * (kKeyTile * kWidth) +
@@ -369,10 +358,8 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   // Not <<<>>>: an error would have to be read from where others leave theirs.
-  const cudaError_t error = cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element>, p);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("the launch of prepare_kv failed: ") +
-                             cudaGetErrorString(error));
+  check_cuda(cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element>, p),
+             "the launch of prepare_kv");
 }
 
 template <int kWidth>

@@ -4,6 +4,7 @@
 namespace torch_sage {
 
 constexpr float kAmaxFloor = 0x1p-100f;
+constexpr float kLargestFloat = 3.402823466e38f;
 constexpr float kInverse127 = 0x1.020408p-7f;  // 1 / 127, rounded to fp32
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -25,20 +26,27 @@ __device__ __forceinline__ float divide_127(float x) {
   return __fmaf_rn(__fmaf_rn(-denominator, quotient, numerator), reciprocal, quotient);
 }
 
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= kLargestFloat; }
+
+// `divide` takes amax, floored, to the inverse.
+template <typename Divide>
+__device__ __forceinline__ ScaleAndInverse scale_and_inverse(float amax, float inverse_code_max,
+                                                             Divide divide) {
+  const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
+  const bool is_defined = amax <= kLargestFloat;                // never negative
+  return {is_defined ? __fmul_rn(floored, inverse_code_max) : __int_as_float(0x7fffffff),
+          is_defined ? divide(floored) : 0.f};
+}
+
 // For codes up to 127.
 __device__ __forceinline__ ScaleAndInverse scale_and_inverse_127(float amax) {
-  const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
-  const bool is_finite = amax <= 3.402823466e38f;
-  return {is_finite ? __fmul_rn(floored, kInverse127) : __int_as_float(0x7fffffff),
-          is_finite ? divide_127(floored) : 0.f};
+  return scale_and_inverse(amax, kInverse127, divide_127);
 }
 
 // For codes up to a power of two.
 __device__ __forceinline__ ScaleAndInverse scale_and_inverse(float amax, float code_max) {
-  const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;
-  const bool is_finite = amax <= 3.402823466e38f;
-  return {is_finite ? __fmul_rn(floored, 1.f / code_max) : __int_as_float(0x7fffffff),
-          is_finite ? __fdiv_rn(code_max, floored) : 0.f};
+  return scale_and_inverse(amax, 1.f / code_max,
+                           [=](float floored) { return __fdiv_rn(code_max, floored); });
 }
 
 }  // namespace torch_sage
