@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +53,24 @@ def graph_breaks(call: Any) -> tuple[int, Counter[str]]:
     return counters["stats"]["unique_graphs"], Counter(counters["graph_break"])
 
 
-def check_model(case: ModelCase) -> None:
-    """Require every attention rewritten, the oracle's accuracy, and no graph break of ours.
+class Subject(NamedTuple):
+    """A model to test, and how far its output may be from the exact one."""
 
-    Accuracy: the compiled model may be twice as far from the exact one as the same model with the
-    oracle's attention is (tests/numerics.py has the same formula for one op), and halving the
-    softmax scale must exceed that.
+    model: nn.Module
+    inputs: dict[str, Any]
+    exact: Tensor
+    allowed: float
+
+    def run(self, module: nn.Module) -> Tensor:
+        return first_tensor(module(**self.inputs))
+
+
+def make_subject(case: ModelCase) -> Subject:
+    """Build a model and its error budget.
+
+    It may be twice as far from the exact model as the same model with the oracle's attention is
+    (tests/numerics.py has the same formula for one op), and halving the softmax scale must exceed
+    that.
     """
     torch.manual_seed(0)
     model, inputs = case.build()
@@ -78,6 +90,13 @@ def check_model(case: ModelCase) -> None:
 
     if case.implementation:
         model.set_attn_implementation(case.implementation)
+    return Subject(model, inputs, exact, allowed)
+
+
+def check_model(case: ModelCase) -> None:
+    """Require every attention rewritten, the oracle's accuracy, and no graph break of ours."""
+    subject = make_subject(case)
+    model, run = subject.model, subject.run
     without = graph_breaks(lambda: run(torch.compile(model, backend="eager")))
     results = []
     compiled = torch.compile(model, options=torch_sage.options(CONFIG))
@@ -86,4 +105,4 @@ def check_model(case: ModelCase) -> None:
     report = torch_sage.report()
     assert report.reasons == case.skipped, report
     assert report.rewritten == case.attentions - case.skipped.total(), report
-    assert relative_error(results[0], exact) <= allowed
+    assert relative_error(results[0], subject.exact) <= subject.allowed
