@@ -114,18 +114,6 @@ __device__ __forceinline__ uint32_t pack_u8(float low, float high, uint32_t rest
       : "f"(low), "f"(high), "r"(rest));
   return packed;
 }
-// The same, rounded to nearest even, saturated to signed bytes.
-__device__ __forceinline__ uint32_t pack_s8(float low, float high, uint32_t rest) {
-  uint32_t packed;
-  asm volatile(
-      "{.reg .s32 a, b;\n"
-      "cvt.rni.s32.f32 a, %1;\n"
-      "cvt.rni.s32.f32 b, %2;\n"
-      "cvt.pack.sat.s8.s32.b32 %0, b, a, %3;}"
-      : "=r"(packed)
-      : "f"(low), "f"(high), "r"(rest));
-  return packed;
-}
 // Four floats as E4M3, rounded to nearest even, saturated; NaN stays NaN.
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
   uint32_t packed;

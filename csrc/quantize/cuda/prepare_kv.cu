@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     float x[8];
 #pragma unroll
     for (int c = 0; c < 8; c++) x[c] = __fmul_rn(k[i][c] - mean[c], inverse_of_key);
-    uint2 codes = make_uint2(sm90::pack_s8(x[0], x[1], sm90::pack_s8(x[2], x[3], 0)),
-                             sm90::pack_s8(x[4], x[5], sm90::pack_s8(x[6], x[7], 0)));
+    uint2 codes = make_uint2(pack_s8(x[0], x[1], pack_s8(x[2], x[3], 0)),
+                             pack_s8(x[4], x[5], pack_s8(x[6], x[7], 0)));
     if (row >= valid) codes = make_uint2(0, 0);
     const int chunk = key_column / 16;
     const int place = sm90::swizzled<kWidth>(chunk, row);
