@@ -29,9 +29,9 @@ from benchmarks import harness
 from benchmarks.harness import MAX_RELATIVE_L1, Inputs
 from benchmarks.shapes import Shape
 from torch_sage import SageConfig, distributed
-from torch_sage.distributed.block import pack, quantize
+from torch_sage.distributed.kernels import quantize, rows_to_send
 from torch_sage.distributed.order import Order
-from torch_sage.recipes import resolve_in
+from torch_sage.recipes import choose_row, resolve_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What travels is quantized, and then Q is not smoothed: the one-rank contender does the same.
@@ -78,7 +78,8 @@ def _synchronize(device: torch.device) -> None:
 def sent_bytes(method: Method, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
     """Return what a rank sends in one call, and what that would be with K and V in 16 bits."""
     ranks = dist.get_world_size()
-    packet = pack(quantize(key, value, resolve_in(key.device.type, CONFIG, key.dtype))).nbytes
+    row = choose_row(CONFIG, rows_to_send(key.device), key.dtype, max(key.shape[3], value.shape[3]))
+    packet = quantize(key, value, resolve_in(row, CONFIG, key.dtype)).pack().nbytes
     plain = 2 * (key.numel() + value.numel())
     if method.is_ring:
         return (ranks - 1) * packet, (ranks - 1) * plain

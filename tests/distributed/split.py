@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests.cases import AttentionCase, make_inputs
+from tests.cases import AttentionCase, Inputs, make_inputs
+from tests.gpu.sm90 import ORACLE
 from tests.numerics import Expected, exact_attention, expect
 from torch_sage import AttentionOutput, SageConfig, ops
 
 # Keys per step of the online softmax in the CPU kernel, as in tests/ops/test_kernels.py.
 KERNEL_TILE = 256
+
+
+class Kernels(NamedTuple):
+    """What the oracle must know of the kernels that quantize a shard and attend to it."""
+
+    granularity: Callable[[AttentionCase], str]
+    oracle: Callable[[AttentionCase], dict[str, Any]]
+    means: Callable[[Tensor, Tensor, str], dict[str, Tensor]]
+    """Those of a shard, as the kernels subtract them."""
+
+
+def _means_of_parts(key: Tensor, value: Tensor, smooth: str) -> dict[str, Tensor]:
+    means = {}
+    if "k" in smooth:
+        means["key_mean"] = ops.quantize_key(key)[2]
+    if "v" in smooth:
+        means["value_mean"] = ops.quantize_value(value, smooth=True)[2]
+    return means
+
+
+def _means_of_prepared(key: Tensor, value: Tensor, smooth: str) -> dict[str, Tensor]:
+    # That of V is the mean of a group's tokens but for the rounding of fp32 sums.
+    return {"key_mean": ops.prepare_kv(key, value, smooth=smooth)[2]} if "k" in smooth else {}
+
+
+PARTS = Kernels(
+    lambda case: case.granularity,
+    lambda case: {**case.recipe, "tile": KERNEL_TILE},
+    _means_of_parts,
+)
+PREPARED = Kernels(
+    lambda case: "auto",
+    lambda case: {**ORACLE, "smooth": case.smooth},
+    _means_of_prepared,
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +65,10 @@ class SplitCase:
     def id(self) -> str:
         return f"{self.method}-{self.order}-{self.attention.id}"
 
-    @property
-    def config(self) -> SageConfig:
+    def config(self, kernels: Kernels) -> SageConfig:
         smooth = self.attention.smooth
         return SageConfig(
-            granularity=self.attention.granularity,
+            granularity=kernels.granularity(self.attention),
             smooth_q=False,
             smooth_k="k" in smooth,
             smooth_v="v" in smooth,
@@ -80,6 +117,20 @@ SPLIT_CASES = [
 ]  # fmt: skip
 
 
+# Regimes of the images, scales per 128 keys and groups per 1024 of prepared operands: shards and
+# halves of shards that end inside each, more than one group, widths of 64 and 128, heads cut apart.
+PREPARED_CASES = [
+    ring(data="channel_bias", smooth="kv"),
+    ring("zigzag", causal="top_left", data="uneven", heads_q=4, heads_kv=2, smooth="kv"),
+    ring("zigzag", causal="top_left", data="channel_bias", heads_q=1, heads_kv=1, seqlen_q=2200,
+         seqlen_k=2200, smooth="kv", head_dim=16, head_dim_v=8, dtype="bf16"),
+    ring(causal="top_left", smooth="v", head_dim=128, head_dim_v=40, dtype="fp16"),
+    ring(seqlen_q=96, seqlen_k=200, smooth="", mask="key_padding", batch=2, head_dim_v=80),
+    ulysses(causal="top_left", heads_q=8, dtype="bf16", smooth="kv", data="channel_bias"),
+    ulysses(seqlen_q=96, scale=-0.3, mask="float", smooth="k"),
+]  # fmt: skip
+
+
 def held_tokens(order: str, rank: int, size: int, tokens: int) -> Tensor:
     """Return the tokens that ``rank`` holds, by the definition in docs/distributed.md."""
     pieces = torch.arange(tokens).chunk(size if order == "contiguous" else 2 * size)
@@ -98,26 +149,24 @@ def rows_that_meet(case: SplitCase, rank: int, source: int, size: int) -> Tensor
     return tokens
 
 
-def expect_split(case: SplitCase, size: int) -> Expected:
+def expect_split(
+    case: SplitCase, size: int, kernels: Kernels = PARTS, inputs: Inputs | None = None
+) -> Expected:
     """Return the references of the whole rows, with operands quantized as the ranks do it.
 
     Each rank's keys are attended to by the oracle, with the kernel's own mean, and the results are
     averaged in fp64: of the oracle itself that is what one device computes from all the codes.
     """
-    query, key, value, mask, causal, scale = make_inputs(case.attention)
+    query, key, value, mask, causal, scale = inputs or make_inputs(case.attention)
     n, m = query.shape[2], key.shape[2]
     if causal == "top_left":
-        mask = torch.ones(n, m, dtype=torch.bool).tril()
-    recipe = case.attention.recipe
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril()
+    recipe = kernels.oracle(case.attention)
     oracle, naive, roundings = [], [], []
     for source in range(size):
         tokens = held_tokens(case.order, source, size, m)
         k, v = key[:, :, tokens], value[:, :, tokens]
-        means = {}
-        if "k" in recipe["smooth"]:
-            means["key_mean"] = ops.quantize_key(k)[2]
-        if "v" in recipe["smooth"]:
-            means["value_mean"] = ops.quantize_value(v, smooth=True)[2]
+        means = kernels.means(k, v, case.attention.smooth)
         oracle.append(_no_keys(query, value, torch.float64))
         naive.append(_no_keys(query, value, torch.float32))
         for rank in range(size):
@@ -128,9 +177,7 @@ def expect_split(case: SplitCase, size: int) -> Expected:
             if seen is not None:
                 seen = seen if seen.shape[-1] == 1 else seen[..., tokens]
                 seen = seen if seen.shape[-2] == 1 else seen[..., rows, :]
-            part = expect(
-                query[:, :, rows], k, v, seen, "none", scale, **recipe, **means, tile=KERNEL_TILE
-            )
+            part = expect(query[:, :, rows], k, v, seen, "none", scale, **recipe, **means)
             for whole, result in ((oracle[-1], part.oracle), (naive[-1], part.naive)):
                 whole.output[:, :, rows] = result.output.to(whole.output.dtype)
                 whole.lse[:, :, rows] = result.lse.to(whole.lse.dtype)
@@ -147,8 +194,8 @@ def expect_split(case: SplitCase, size: int) -> Expected:
 def _no_keys(query: Tensor, value: Tensor, dtype: torch.dtype) -> AttentionOutput:
     """Return the result [B, Hq, N, Dv] of queries that see nothing."""
     rows = query.shape[:3]
-    output = torch.zeros(*rows, value.shape[3], dtype=dtype)
-    return AttentionOutput(output, torch.full(rows, -torch.inf, dtype=dtype))
+    output = value.new_zeros((*rows, value.shape[3]), dtype=dtype)
+    return AttentionOutput(output, value.new_full(rows, -torch.inf, dtype=dtype))
 
 
 def _average(parts: list[AttentionOutput]) -> AttentionOutput:

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
 import torch_sage
+from tests.distributed.emulated import sm90_on_cpu
 from tests.distributed.launch import launch
 from tests.numerics import relative_l1, same_bits
 from torch_sage import SageConfig, _extension
@@ -23,7 +25,7 @@ from torch_sage import SageConfig, _extension
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason=_extension.unavailable_reason() or ""
 )
-TOKENS, HEADS, CHANNELS = 128, 4, 64
+TOKENS, LONG, HEADS, CHANNELS = 128, 4096, 4, 64
 PADDING = 6 * 127  # of the six tensors of a packet to 128 bytes each, at most
 
 
@@ -37,9 +39,9 @@ def tensors(tokens: int = TOKENS, **changes: Any) -> list[Tensor]:
 @contextlib.contextmanager
 def watched(events: list[Any]) -> Iterator[None]:
     """Note when messages are posted, how long they are, when they are waited for, and attention."""
-    from torch_sage.distributed import ring, ulysses
+    from torch_sage.distributed.block import Block
 
-    post, swap, attend = dist.batch_isend_irecv, dist.all_to_all_single, ring.attend
+    post, swap, attend = dist.batch_isend_irecv, dist.all_to_all_single, Block.attend
 
     class Request:
         def __init__(self, work: dist.Work) -> None:
@@ -64,8 +66,7 @@ def watched(events: list[Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "batch_isend_irecv", posted)
         patch.setattr(dist, "all_to_all_single", swapped)
-        patch.setattr(ring, "attend", attended)
-        patch.setattr(ulysses, "attend", attended)
+        patch.setattr(Block, "attend", attended)
         yield
 
 
@@ -75,6 +76,14 @@ def refused(call: Callable[[], Any]) -> str:
     except (NotImplementedError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
+
+
+def attend_by(prepared: bool, *local: Tensor) -> Tensor:
+    """Ring attention as on a GPU that takes prepared operands, or as on this device."""
+    from torch_sage import distributed as D
+
+    with sm90_on_cpu() if prepared else contextlib.nullcontext():
+        return D.ring_attention(*local)
 
 
 def refusals(rank: int, size: int) -> dict[str, str]:
@@ -96,6 +105,7 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "recipe": lambda: D.ring_attention(
             q, k, v, config=SageConfig(granularity="block" if first else "token")
         ),
+        "kernels": lambda: attend_by(first, q, k, v),
         "heads": lambda: D.ulysses_attention(q[:, :3], k[:, :3], v[:, :3]),
         "grouped heads": lambda: D.ulysses_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
         "ungrouped heads": lambda: D.ring_attention(q, k[:, :2], v[:, :2]),
@@ -126,10 +136,12 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     return found
 
 
-def traffic(kind: str, dtype: torch.dtype, config: SageConfig | None) -> list[Any]:
+def traffic(
+    kind: str, dtype: torch.dtype, config: SageConfig | None, tokens: int = TOKENS
+) -> list[Any]:
     from torch_sage import distributed as D
 
-    q, k, v = (D.shard_sequence(x) for x in tensors(dtype=dtype))
+    q, k, v = (D.shard_sequence(x) for x in tensors(tokens, dtype=dtype))
     events: list[Any] = []
     with watched(events):
         if kind == "ring":
@@ -137,6 +149,11 @@ def traffic(kind: str, dtype: torch.dtype, config: SageConfig | None) -> list[An
         else:
             D.ulysses_attention(q, k, v, config=config)
     return events
+
+
+def traffic_of_prepared(kind: str) -> list[Any]:
+    with sm90_on_cpu():
+        return traffic(kind, torch.bfloat16, None, LONG)
 
 
 def skipped(rank: int, size: int) -> list[int]:
@@ -199,6 +216,7 @@ def work(rank: int, size: int) -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16)
             for granularity in ("token", "thread")
         },
+        "prepared": {kind: traffic_of_prepared(kind) for kind in ("ring", "ulysses")},
         "skipped": skipped(rank, size),
         "repeated": same_bits(unchecked, D.ring_attention(*local)),
         "compiled": [
@@ -235,6 +253,7 @@ REFUSALS = {
     ],
     "options": ["ValueError: options must be the same on every rank, got ['is_causal=True,"],
     "recipe": ["ValueError: options must be the same on every rank"],
+    "kernels": ["ValueError: options must be the same on every rank, got"],
     "heads": ["ValueError: query must have a multiple of 2 heads"],
     "grouped heads": ["ValueError: key must have a multiple of 2 heads"],
     "ungrouped heads": ["ValueError: key must have query's 4 heads"],
@@ -275,6 +294,22 @@ def test_without_processes_there_is_no_group() -> None:
         torch_sage.distributed.ring_attention(*tensors(16))
 
 
+def test_gpus_send_what_their_kernels_take(hopper: None) -> None:
+    """Prepared operands where recipe and head_dim fit, else those of the Triton kernels."""
+    from torch_sage.distributed import call
+
+    def recipe(channels: int, **options: Any) -> str:
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 8, channels, device="cuda", dtype=torch.bfloat16)
+            how = {"is_causal": False, "scale": None, "enable_gqa": False}
+            return call.accept(q, q, q, **how, config=SageConfig(**options)).name
+
+    assert recipe(64) == "int8.token_thread/e4m3_fp16/smooth-kv/exp-mixed"
+    assert recipe(128, smooth_v=False) == "int8.token_thread/e4m3_fp16/smooth-k/exp-mixed"
+    assert recipe(192) == recipe(64, pv="half") == "int8.token/bf16/smooth-k"
+    assert recipe(64, granularity="thread") == "int8.thread/bf16/smooth-k"
+
+
 def block_bytes(granularity: str, heads: int, tokens: int) -> int:
     """Bytes of K in 8 bits with its scales and mean, and of V in 16 bits with scales and mean."""
     groups = {"token": tokens, "thread": 4 * -(-tokens // 64)}[granularity]
@@ -299,6 +334,27 @@ def test_ring_sends_codes_and_scales_only(
         assert sent < 0.82 * in_bf16  # 3/4, and what short shards have in means
 
 
+def prepared_bytes(heads: int, tokens: int) -> int:
+    """Bytes of K and V in 8 bits, and of their scales and means; tokens in whole groups."""
+    codes = 2 * tokens * CHANNELS
+    key = 16 * (tokens // 128) + 4 * CHANNELS
+    value = 8 * CHANNELS * (tokens // 1024)
+    return heads * (codes + key + value)
+
+
+def test_prepared_operands_send_half_the_bytes_of_16_bits(ranks: list[dict[str, Any]]) -> None:
+    tokens = LONG // 2
+    in_bf16 = 2 * HEADS * tokens * CHANNELS * 2
+    for rank in ranks:
+        (sent,) = [event[1] for event in rank["prepared"]["ring"] if event[0] == "send"]
+        assert prepared_bytes(HEADS, tokens) <= sent <= prepared_bytes(HEADS, tokens) + PADDING
+        assert sent < 0.51 * in_bf16
+        swapped = [event[1] for event in rank["prepared"]["ulysses"] if event[0] == "swap"]
+        expected = 2 * prepared_bytes(HEADS // 2, tokens)
+        assert expected <= swapped[0] <= expected + 2 * PADDING
+        assert swapped[1:] == [HEADS * tokens * CHANNELS * 2] * 2
+
+
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_all_to_all_sends_codes_and_scales_and_queries(
     ranks: list[dict[str, Any]], dtype: str
@@ -317,9 +373,12 @@ def test_the_next_block_is_under_way_while_this_one_is_attended_to(
 ) -> None:
     """The order of calls is all that this shows; the overlap itself is for the benchmark."""
     for rank in ranks:
-        events = rank["traffic"]["ring", "torch.bfloat16", "token"]
-        names = [event if isinstance(event, str) else event[0] for event in events]
-        assert names == ["send", "attend", "wait", "wait", "attend"]
+        for events in (
+            rank["traffic"]["ring", "torch.bfloat16", "token"],
+            rank["prepared"]["ring"],
+        ):
+            names = [event if isinstance(event, str) else event[0] for event in events]
+            assert names == ["send", "attend", "wait", "wait", "attend"]
 
 
 def test_zigzag_order_balances_causal_work(ranks: list[dict[str, Any]]) -> None:

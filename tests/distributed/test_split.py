@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,19 @@ import torch
 from torch import Tensor
 
 from tests.cases import make_inputs
+from tests.distributed.emulated import sm90_on_cpu
 from tests.distributed.launch import launch
-from tests.distributed.split import SPLIT_CASES, SplitCase, expect_split, ring
-from tests.numerics import assert_within_budget, budget_use, output_budget_use
+from tests.distributed.split import (
+    PARTS,
+    PREPARED,
+    PREPARED_CASES,
+    SPLIT_CASES,
+    Kernels,
+    SplitCase,
+    expect_split,
+    ring,
+)
+from tests.numerics import Expected, assert_within_budget, budget_use, output_budget_use
 from torch_sage import AttentionOutput, _extension
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +38,7 @@ WRONG_ORDER = ring("zigzag", causal="top_left", data="uneven")
 NO_MEAN = ring(data="uneven")
 
 
-def attend(case: SplitCase, order: str | None = None) -> AttentionOutput:
+def attend(case: SplitCase, kernels: Kernels = PARTS, order: str | None = None) -> AttentionOutput:
     """Share the inputs of a case, attend, and put the results together again."""
     from torch_sage import distributed
 
@@ -36,7 +48,7 @@ def attend(case: SplitCase, order: str | None = None) -> AttentionOutput:
         "is_causal": causal == "top_left",
         "scale": scale,
         "enable_gqa": True,
-        "config": case.config,
+        "config": case.config(kernels),
     }
     q, k, v = (distributed.shard_sequence(x, **layout) for x in (query, key, value))
     assert torch.equal(distributed.unshard_sequence(q, **layout), query)
@@ -53,7 +65,7 @@ def attend(case: SplitCase, order: str | None = None) -> AttentionOutput:
     return AttentionOutput(*(distributed.unshard_sequence(x, **layout) for x in result))
 
 
-def attend_without_means(case: SplitCase) -> AttentionOutput:
+def attend_without_means(case: SplitCase, kernels: Kernels) -> AttentionOutput:
     """Smooth K by each rank's mean, and forget to correct the LSE by it."""
     from torch_sage.distributed import ring as module
 
@@ -61,19 +73,28 @@ def attend_without_means(case: SplitCase) -> AttentionOutput:
 
     def forgetful(*args: Any) -> Any:
         block = quantize(*args)
-        return block._replace(key_mean=torch.zeros_like(block.key_mean))
+        key_codes, key_scales, mean, *of_value = block.operands
+        forgotten = (key_codes, key_scales, torch.zeros_like(mean), *of_value)
+        return dataclasses.replace(block, operands=forgotten)
 
     module.quantize = forgetful
     try:
-        return attend(case)
+        return attend(case, kernels)
     finally:
         module.quantize = quantize
 
 
-def work(rank: int, size: int) -> dict[str, tuple[Tensor, ...]]:
-    results = {case.id: tuple(attend(case)) for case in SPLIT_CASES}
-    results["wrong order"] = tuple(attend(WRONG_ORDER, "contiguous"))
-    results["no mean"] = tuple(attend_without_means(NO_MEAN))
+def run(kernels: Kernels, cases: list[SplitCase]) -> dict[str, tuple[Tensor, ...]]:
+    results = {case.id: tuple(attend(case, kernels)) for case in cases}
+    results["wrong order"] = tuple(attend(WRONG_ORDER, kernels, "contiguous"))
+    results["no mean"] = tuple(attend_without_means(NO_MEAN, kernels))
+    return results
+
+
+def work(rank: int, size: int) -> dict[str, Any]:
+    results = {"parts": run(PARTS, SPLIT_CASES)}
+    with sm90_on_cpu():
+        results["prepared"] = run(PREPARED, PREPARED_CASES)
     return results if rank == 0 else {}
 
 
@@ -93,11 +114,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.id)
-def test_within_the_budget_of_the_unsplit_op(split: Any, case: SplitCase) -> None:
-    size, results = split
+def check(case: SplitCase, results: dict[str, Any], expected: Expected) -> None:
     output, lse = results[case.id]
-    expected = expect_split(case, size)
     assert_within_budget(output, expected, lse=lse)
     # Rows that see no key, or under a mask of -3e38 none in earnest, have an lse of that size.
     ordinary = expected.oracle.lse > -1e30
@@ -105,15 +123,37 @@ def test_within_the_budget_of_the_unsplit_op(split: Any, case: SplitCase) -> Non
     assert error <= MAX_LSE_ERROR
 
 
-def test_budget_sees_a_wrong_order_of_tokens(split: Any) -> None:
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.id)
+def test_within_the_budget_of_the_unsplit_op(split: Any, case: SplitCase) -> None:
     size, results = split
-    assert output_budget_use(results["wrong order"][0], expect_split(WRONG_ORDER, size)) > 4
+    check(case, results["parts"], expect_split(case, size))
 
 
-def test_budget_sees_an_lse_without_the_mean_of_the_keys(split: Any) -> None:
+@pytest.mark.parametrize("case", PREPARED_CASES, ids=lambda case: case.id)
+def test_prepared_operands_are_cut_and_merged_right(split: Any, case: SplitCase) -> None:
     size, results = split
-    output, lse = results["no mean"]
-    expected = expect_split(NO_MEAN, size)
+    with sm90_on_cpu():
+        check(case, results["prepared"], expect_split(case, size, PREPARED))
+
+
+@pytest.fixture(params=["parts", "prepared"])
+def family(request: pytest.FixtureRequest) -> Iterator[tuple[str, Kernels]]:
+    with sm90_on_cpu() if request.param == "prepared" else contextlib.nullcontext():
+        yield request.param, {"parts": PARTS, "prepared": PREPARED}[request.param]
+
+
+def test_budget_sees_a_wrong_order_of_tokens(split: Any, family: tuple[str, Kernels]) -> None:
+    (size, results), (name, kernels) = split, family
+    output = results[name]["wrong order"][0]
+    assert output_budget_use(output, expect_split(WRONG_ORDER, size, kernels)) > 4
+
+
+def test_budget_sees_an_lse_without_the_mean_of_the_keys(
+    split: Any, family: tuple[str, Kernels]
+) -> None:
+    (size, results), (name, kernels) = split, family
+    output, lse = results[name]["no mean"]
+    expected = expect_split(NO_MEAN, size, kernels)
     assert output_budget_use(output, expected) > 4
     lse_use = budget_use(lse, expected.oracle.lse, expected.naive.lse, expected.lse_rounding)
     assert lse_use > 4

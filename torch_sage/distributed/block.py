@@ -2,102 +2,78 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torch_sage import ops
 from torch_sage.distributed.order import Part
-from torch_sage.ops.schemas import key_groups
 from torch_sage.recipes import Recipe
 from torch_sage.reference.attention import AttentionOutput
 
-_BLOCK = 64  # rows of K per block, the ops' default
 _ALIGNMENT = 128  # of every tensor in a packet, in bytes: kernels may load 16 at once
 
 
-class Block(NamedTuple):
-    """What ``quantize_key`` and ``quantize_value`` return for one rank's tokens.
+@dataclass(frozen=True)
+class Block(ABC):
+    """Quantized keys and values of one rank's tokens, in the layout of one family of kernels.
 
     K is smoothed around the rank's own mean. That needs no agreement: the LSE of each block
     contains ``query . mean``, so partial results merge as if nothing had been subtracted.
     """
 
-    key_codes: Tensor  # [B, Hkv, M, D]
-    key_scales: Tensor  # [B, Hkv, groups]
-    key_mean: Tensor  # [B, Hkv, D]
-    value_codes: Tensor  # [B, Hkv, M, Dv]
-    value_scales: Tensor  # [B, Hkv, Dv]
-    value_mean: Tensor  # [B, Hkv, Dv]
+    operands: tuple[Tensor, ...]
+    """Codes, scales and mean of K, then of V: all that travels. Each begins with batch and heads,
+    and those with tokens, or groups of them, have these third."""
+
+    tokens: int
+    head_dim_v: int
+    recipe: Recipe
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, key: Tensor, value: Tensor, recipe: Recipe) -> Block:
+        """Return the block of the keys and values that this rank holds."""
+
+    @abstractmethod
+    def prefix(self, tokens: int) -> Block:
+        """Return the block of the first ``tokens`` keys."""
+
+    @abstractmethod
+    def attention(
+        self, query: Tensor, attn_mask: Tensor | None, causal: str, scale: float | None
+    ) -> AttentionOutput:
+        """Return what queries find in all keys of the block."""
+
+    def attend(
+        self, query: Tensor, part: Part, attn_mask: Tensor | None, scale: float | None
+    ) -> AttentionOutput:
+        """Return what the queries of ``part`` find in the keys of ``part``."""
+        seen = self if part.keys == self.tokens else self.prefix(part.keys)
+        return seen.attention(query[:, :, part.first_query :], attn_mask, part.causal, scale)
+
+    def of_heads(self, first: int, heads: int) -> Block:
+        """Return the block of ``heads`` key heads from ``first`` on."""
+        return replace(self, operands=tuple(x[:, first : first + heads] for x in self.operands))
+
+    def pack(self) -> Tensor:
+        """Return the operands one behind the other, uint8: one message instead of six."""
+        size = sum(_padded(x.nbytes) for x in self.operands)
+        packet = self.operands[0].new_empty(size, dtype=torch.uint8)
+        for place, operand in zip(self.unpack(packet).operands, self.operands, strict=True):
+            place.copy_(operand)
+        return packet
+
+    def unpack(self, packet: Tensor) -> Block:
+        """Return the block in ``packet``, which one of the same sizes packed; views."""
+        operands, start = [], 0
+        for like in self.operands:
+            raw = packet[start : start + like.nbytes]
+            operands.append(raw.view(like.dtype).view(like.shape))
+            start += _padded(like.nbytes)
+        return replace(self, operands=tuple(operands))
 
 
-def quantize(key: Tensor, value: Tensor, recipe: Recipe) -> Block:
-    """Quantize the keys and values that this rank holds."""
-    keys = ops.quantize_key(
-        key,
-        smooth="k" in recipe.smooth,
-        qk=recipe.qk,
-        granularity=recipe.granularity,
-        block=_BLOCK,
-    )
-    return Block(*keys, *ops.quantize_value(value, smooth="v" in recipe.smooth, pv=recipe.pv))
-
-
-def head_slice(block: Block, first: int, heads: int) -> Block:
-    """Return the block of ``heads`` key heads from ``first`` on."""
-    return Block(*(tensor[:, first : first + heads] for tensor in block))
-
-
-def _prefix(block: Block, tokens: int, granularity: str) -> Block:
-    """Return the first keys of a block: their scales come first, too, in every granularity."""
-    return block._replace(
-        key_codes=block.key_codes[:, :, :tokens],
-        key_scales=block.key_scales[..., : key_groups(tokens, granularity, _BLOCK)],
-        value_codes=block.value_codes[:, :, :tokens],
-    )
-
-
-def attend(
-    query: Tensor,
-    block: Block,
-    part: Part,
-    attn_mask: Tensor | None,
-    scale: float | None,
-    recipe: Recipe,
-) -> AttentionOutput:
-    """Return what the queries of ``part`` find in the keys of ``part``."""
-    if part.keys < block.key_codes.shape[2]:
-        block = _prefix(block, part.keys, recipe.granularity)
-    output, lse = ops.attention_with_lse(
-        query[:, :, part.first_query :],
-        *block,
-        attn_mask,
-        part.causal,
-        scale,
-        qk=recipe.qk,
-        granularity=recipe.granularity,
-        block=_BLOCK,
-        pv=recipe.pv,
-    )
-    return AttentionOutput(output, lse)
-
-
-def pack(block: Block) -> Tensor:
-    """Return the bytes of a block, uint8: one message instead of six."""
-    parts = []
-    for tensor in block:
-        raw = tensor.contiguous().flatten().view(torch.uint8)
-        parts.append(torch.nn.functional.pad(raw, (0, -raw.numel() % _ALIGNMENT)))
-    return torch.cat(parts)
-
-
-def unpack(packet: Tensor, like: Block) -> Block:
-    """Return views of ``packet`` with the dtypes and shapes of ``like``."""
-    tensors, start = [], 0
-    for tensor in like:
-        size = tensor.numel() * tensor.element_size()
-        raw = packet[start : start + size]
-        tensors.append(raw.view(tensor.dtype).view(tensor.shape))
-        start += size + -size % _ALIGNMENT
-    return Block(*tensors)
+def _padded(size: int) -> int:
+    return size + -size % _ALIGNMENT

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from torch_sage.config import SageConfig, as_config
 from torch_sage.distributed.group import agree
+from torch_sage.distributed.kernels import rows_to_send
 from torch_sage.ops.checks import FLOAT_DTYPES, largest_head_dim, names, shape_of_mask_problems
 from torch_sage.ops.dispatch import device_reasons, validate, why_not
-from torch_sage.recipes import Recipe, resolve_in
+from torch_sage.recipes import Recipe, choose_row, resolve_in
 
 
 def accept(
@@ -54,17 +55,16 @@ def accept(
             "they were before quantization, got True"
         )
     config = config.with_options(dispatch="always", smooth_q=False)
-    # What travels is quantized by ops of its own, which are not part of every row of the table.
-    row = query.device.type
+    rows, head_dim = rows_to_send(query.device), largest_head_dim(query, value)
     reasons = [
         *why_not(query, key, value, *semantics, config=config),
-        *device_reasons(query, config, (row,), largest_head_dim(query, value)),
+        *device_reasons(query, config, rows, head_dim),
     ]
     if reasons:
         raise NotImplementedError(
             "; ".join(f"{r.message} ({r.code})" for r in dict.fromkeys(reasons))
         )
-    return resolve_in(row, config, query.dtype)
+    return resolve_in(choose_row(config, rows, query.dtype, head_dim), config, query.dtype)
 
 
 def accept_on_every_rank(

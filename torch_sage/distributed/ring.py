@@ -9,9 +9,9 @@ from torch import Tensor
 
 from torch_sage.config import SageConfig
 from torch_sage.distributed import call
-from torch_sage.distributed.block import attend, pack, quantize, unpack
 from torch_sage.distributed.group import Group, as_process_group
-from torch_sage.distributed.merge import Merged
+from torch_sage.distributed.kernels import quantize
+from torch_sage.distributed.merge import merge
 from torch_sage.distributed.order import Order, require_order, visible_part
 from torch_sage.recipes import Recipe
 from torch_sage.reference.attention import AttentionOutput
@@ -116,14 +116,15 @@ def ring_attention_with_lse(
     recipe = call.accept_on_every_rank(check, shapes, options, ring, query.device, check_ranks)
     own = quantize(key, value, recipe)
     tokens = key.shape[2]
-    merged = Merged(query, value.shape[3])
-    for source, packet in _rotate(pack(own), ring):
-        part = visible_part(order, is_causal, tokens, rank, source)
-        if part is not None:
-            mask = call.mask_columns(attn_mask, source, tokens)
-            block = unpack(packet, own)
-            merged.add(attend(query, block, part, mask, scale, recipe), part.first_query)
-    return merged.result()
+
+    def parts() -> Iterator[tuple[AttentionOutput, int]]:
+        for source, packet in _rotate(own.pack(), ring):
+            part = visible_part(order, is_causal, tokens, rank, source)
+            if part is not None:
+                mask = call.mask_columns(attn_mask, source, tokens)
+                yield own.unpack(packet).attend(query, part, mask, scale), part.first_query
+
+    return merge(parts())
 
 
 def _rotate(packet: Tensor, ring: dist.ProcessGroup) -> Iterator[tuple[int, Tensor]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torch_sage.config import SageConfig
 from torch_sage.distributed import call
-from torch_sage.distributed.block import Block, attend, head_slice, pack, quantize, unpack
+from torch_sage.distributed.block import Block
 from torch_sage.distributed.group import Group, as_process_group
-from torch_sage.distributed.merge import Merged
+from torch_sage.distributed.kernels import quantize
+from torch_sage.distributed.merge import merge
 from torch_sage.distributed.order import Part
 from torch_sage.recipes import Recipe
 from torch_sage.reference.attention import AttentionOutput
@@ -126,33 +129,29 @@ def _attend_heads(
     recipe = call.accept_on_every_rank(check, shapes, options, ranks, query.device, check_ranks)
     own = quantize(key, value, recipe)
     heads_q, heads_kv = query.shape[1] // size, key.shape[1] // size
-    like = head_slice(own, 0, heads_kv)
-    outgoing = [pack(head_slice(own, i * heads_kv, heads_kv)) for i in range(size)]
+    by_rank = [own.of_heads(i * heads_kv, heads_kv) for i in range(size)]
+    outgoing = [block.pack() for block in by_rank]
     packets, arrival = _exchange(torch.stack(outgoing), ranks)
     heads_query = _tokens_of_heads(query, ranks)
     _wait(arrival)
     mask = _mask_heads(attn_mask, rank * heads_q, heads_q)
-    return _merge_blocks(
-        heads_query, [unpack(p, like) for p in packets], mask, is_causal, scale, recipe
-    )
+    blocks = [by_rank[rank].unpack(packet) for packet in packets]
+    return merge(_attend_blocks(heads_query, blocks, mask, is_causal, scale))
 
 
-def _merge_blocks(
+def _attend_blocks(
     query: Tensor,
     blocks: list[Block],
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
-    recipe: Recipe,
-) -> AttentionOutput:
+) -> Iterator[tuple[AttentionOutput, int]]:
     """Attend to the blocks of all ranks, in ascending order of tokens."""
-    tokens = blocks[0].key_codes.shape[2]
-    merged = Merged(query, blocks[0].value_codes.shape[3])
+    tokens = blocks[0].tokens
     for source, block in enumerate(blocks):
         part = Part(source * tokens, tokens, "top_left") if is_causal else Part(0, tokens, "none")
         mask = call.mask_columns(attn_mask, source, tokens)
-        merged.add(attend(query, block, part, mask, scale, recipe), part.first_query)
-    return merged.result()
+        yield block.attend(query, part, mask, scale), part.first_query
 
 
 def _mask_heads(attn_mask: Tensor | None, first: int, heads: int) -> Tensor | None:
