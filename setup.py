@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,9 +55,24 @@ ISA_FLAGS = {
     "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
 }
+# What the CUDA sources of a folder are compiled for: machine code, and PTX for GPUs that have none,
+# which compile it when they first load it. Code runs on GPUs of its major number from its minor one
+# on (sm_80's on 8.6), but sm_90a's and sm_120a's on their own alone. Hopper has all, so that the
+# kernels of the others are tested there.
+CUDA_CODES = {
+    "attention/sm80": ("sm_80", "sm_90", "sm_120a", "compute_80"),
+    "attention/sm89": ("sm_89", "sm_90", "sm_120a", "compute_89"),
+    "attention/sm90": ("sm_90a",),
+    "quantize/mma": ("sm_80", "sm_89", "sm_90", "sm_120a", "compute_80"),
+    "quantize/cuda": ("sm_90a",),
+}
+CUDA_HOST = ("cuda", "attention/mma")  # whatever the GPUs
+QUANTIZERS = {"sm80": "quantize/mma", "sm89": "quantize/mma", "sm90": "quantize/cuda"}
+GPUS = ("8.0", "8.6", "8.7", "8.9", "9.0", "12.0", "12.1")  # that have kernels of their own
+# nvcc compiles FP8 products with an fp16 accumulator, and for sm_120, from here on.
+LEAST_NVCC = {"sm89": (12, 8), "sm_120a": (12, 8)}
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr"),
-    *("-gencode", "arch=compute_90a,code=sm_90a"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
     *("-Xptxas", "-v,-warn-spills"),  # what tests/csrc/test_cuda_code.py reads
 ]
@@ -79,12 +95,7 @@ def find_cuda() -> Cuda | None:
     mode = os.environ.get("TORCH_SAGE_CUDA", "auto")
     if mode not in ("0", "1", "auto"):
         raise SystemExit(f"TORCH_SAGE_CUDA must be one of 0, 1, auto, got {mode!r}")
-    arches = re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    for arch in arches:
-        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?)?", arch):
-            raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST must list capabilities such as 9.0a, got {arch!r}"
-            )
+    gpus, ptx = wanted_gpus()
     nvcc, lack = find_nvcc(), None
     if os.environ.get("TORCH_SAGE_SANITIZE"):
         lack = "TORCH_SAGE_SANITIZE is set"
@@ -92,13 +103,59 @@ def find_cuda() -> Cuda | None:
         lack = "there is no C++ compiler"
     elif nvcc is None:
         lack = "nvcc is not found"
-    elif arches != [""] and not any(arch.startswith("9.0") for arch in arches):
-        lack = "TORCH_CUDA_ARCH_LIST lacks 9.0a"
+    elif not any(compiled_for(codes, gpus, ptx) for codes in CUDA_CODES.values()):
+        lack = f"TORCH_CUDA_ARCH_LIST has none of {', '.join(GPUS[:-1])}"
         if mode == "auto":
             warnings.warn(f"{lack}: torch_sage will have no CUDA kernels", stacklevel=1)
     if mode == "1" and lack:
         raise SystemExit(f"TORCH_SAGE_CUDA must be 0 or auto where {lack}, got 1")
     return ask_nvcc(nvcc) if nvcc and mode != "0" and not lack else None
+
+
+def wanted_gpus() -> tuple[tuple[str, ...], bool]:
+    """Return the capabilities of TORCH_CUDA_ARCH_LIST, and whether it wants PTX: all by default."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not text:
+        return GPUS, True
+    arches = re.split(r"[;\s]+", text)
+    for arch in arches:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST must list capabilities such as 9.0a, got {arch!r}"
+            )
+    return tuple(re.split("[af+]", arch)[0] for arch in arches), "+PTX" in text
+
+
+def codes_of(folder: str, version: str) -> tuple[str, ...]:
+    """Return what this nvcc compiles the sources of ``folder`` for: nothing leaves them out."""
+    release = tuple(map(int, version.split(".")))
+    if release < LEAST_NVCC.get(Path(folder).name, (0,)):
+        return ()
+    able = [code for code in CUDA_CODES[folder] if release >= LEAST_NVCC.get(code, (0,))]
+    return compiled_for(able, *wanted_gpus())
+
+
+def compiled_for(codes: Iterable[str], gpus: Iterable[str], ptx: bool) -> tuple[str, ...]:
+    """Return those of ``codes`` to compile: for each GPU the newest machine code that it runs."""
+    machine = [code for code in codes if code.startswith("sm_")]
+    newest = {
+        max((code for code in machine if runs(code, gpu)), key=number, default="") for gpu in gpus
+    }
+    wants_ptx = ptx and any(newest)
+    return tuple(c for c in codes if c in newest or (wants_ptx and c.startswith("compute_")))
+
+
+def runs(code: str, gpu: str) -> bool:
+    """Return whether a GPU of a compute capability runs machine code or PTX."""
+    if code.endswith("a"):
+        return number(gpu) == number(code)
+    same_major = number(gpu) // 10 == number(code) // 10
+    return number(gpu) >= number(code) and (same_major or code.startswith("compute_"))
+
+
+def number(name: str) -> int:
+    """Return the number of a capability or a code, such as 90 for 9.0 and sm_90a."""
+    return int(re.sub(r"\D", "", name))
 
 
 def find_nvcc() -> str | None:
@@ -135,29 +192,54 @@ def find_compiler() -> list[str] | None:
 
 def source_flags(source: Path) -> list[str] | None:
     """Return what flags ``source`` needs; None: not for this architecture, or for CUDA only."""
-    if source.suffix == ".cu" or any(re.fullmatch(r"cuda|sm\d+", part) for part in source.parts):
+    folder = "/".join(source.parent.parts[1:])
+    if source.suffix == ".cu" or folder in (*CUDA_CODES, *CUDA_HOST):
         cuda = find_cuda()
-        if cuda is None:
+        if cuda is None or (folder not in CUDA_HOST and not codes_of(folder, cuda.version)):
             return None
         if source.suffix == ".cpp":
             maps = [f"-ffile-prefix-map={folder}=cuda" for folder in cuda.includes]
             return [*maps, *(f for folder in cuda.includes for f in ("-isystem", folder))]
         # Contraction is as wrong for a quantizer here as it is in CXX_FLAGS.
-        return ["-fmad=false"] if "quantize" in source.parts else []
+        exact = ["-fmad=false"] if "quantize" in source.parts else []
+        return [*exact, *gencode(codes_of(folder, cuda.version))]
     for suffix, flags in ISA_FLAGS.items():
         if source.stem.endswith(suffix):
             return flags if platform.machine() == "x86_64" else None
     return []
 
 
+def gencode(codes: tuple[str, ...]) -> list[str]:
+    """Return how nvcc is told what to compile for."""
+    return [
+        word
+        for code in codes
+        for word in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")
+    ]
+
+
+def gpus_of(family: str, version: str) -> list[str]:
+    """Return what GPUs run a family of attention kernels and the quantizers of its operands."""
+    folders = (f"attention/{family}", QUANTIZERS[family])
+    codes = [codes_of(folder, version) for folder in folders]
+    return [gpu for gpu in GPUS if all(any(runs(c, gpu) for c in some) for some in codes)]
+
+
 def cuda_header() -> str:
-    """Return what csrc/common/build_info.cpp says about CUDA."""
+    """Return what the library says about its CUDA kernels, and its host code asks."""
     cuda = find_cuda()
-    arches, version = ("sm90", cuda.version) if cuda else ("none", "none")
-    return (
-        f'#pragma once\n\n#define TORCH_SAGE_CUDA "{arches}"\n'
-        f'#define TORCH_SAGE_CUDA_VERSION "{version}"\n'
-    )
+    families = [Path(folder).name for folder in CUDA_CODES if folder.startswith("attention")]
+    gpus = {name: gpus_of(name, cuda.version) if cuda else [] for name in families}
+    built = [name for name in families if gpus[name]]
+    described = ";".join(f"{name}:{','.join(gpus[name])}" for name in built)
+    lines = [
+        "#pragma once\n",
+        f'#define TORCH_SAGE_CUDA "{",".join(built) or "none"}"',
+        f'#define TORCH_SAGE_CUDA_GPUS "{described}"',
+        f'#define TORCH_SAGE_CUDA_VERSION "{cuda.version if cuda else "none"}"',
+        *(f"#define TORCH_SAGE_HAS_{name.upper()} {int(name in built)}" for name in families),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def definitions_header() -> str:

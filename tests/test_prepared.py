@@ -178,7 +178,7 @@ def test_keys_and_values_are_refused_by_name(
         monkeypatch.setattr(devices, "capability", lambda index: (8, 0))
         with pytest.raises(NotImplementedError, match=r"key must be on a GPU of .* 9\.0, got 8\.0"):
             torch_sage.prepare_kv(key, value)
-        monkeypatch.setattr(_extension, "cuda_archs", lambda: ())
+        monkeypatch.setattr(_extension, "cuda_gpus", dict)
         with pytest.raises(NotImplementedError, match="library must be built with kernels for sm"):
             torch_sage.prepare_kv(key, value)
 

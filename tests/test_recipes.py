@@ -44,9 +44,11 @@ def test_tables_hold_known_values_only(row: str) -> None:
         assert smooth == "".join(letter for letter in SMOOTH_LETTERS if letter in smooth)
 
 
-def test_every_known_value_is_in_some_row_or_a_preset() -> None:
+def test_every_known_value_is_in_some_row() -> None:
     """A value that nothing takes would be documented for nothing."""
-    for field, known in (("granularity", GRANULARITIES), ("exponential", EXPONENTIALS)):
+    fields = ("qk", "granularity", "pv", "exponential")
+    lists = (QK_FORMATS, GRANULARITIES, PV_FORMATS, EXPONENTIALS)
+    for field, known in zip(fields, lists, strict=True):
         assert {value for row in SUPPORT.values() for value in getattr(row, field)} == set(known)
 
 
@@ -118,24 +120,28 @@ def test_name_and_op_arguments() -> None:
     assert Recipe.of_op(mixed.op_kwargs()) == mixed
 
 
-FALLS_TO_TRITON: list[dict[str, Any]] = [
+LEFT_TO_MMA: list[dict[str, Any]] = [
     {"pv": "half"},
-    {"pv": "bf16"},
+    {"pv": "e4m3"},
+    {"qk": "int4"},
     {"smooth_q": True},
-    {"granularity": "token"},
+    {"granularity": "tensor"},
 ]
 
 
 def test_hopper_prefers_its_own_row(hopper: None) -> None:
-    own, triton = SUPPORT["cuda.sm90"], SUPPORT["cuda"]
+    own, mma, triton = (SUPPORT[row] for row in ("cuda.sm90", "cuda.sm89", "cuda"))
+    assert devices.rows_of(CUDA) == ("cuda.sm90", "cuda.sm89", "cuda")
     assert resolve(SageConfig(), CUDA, BF16, 64) == own.default
     for dtype in FLOAT_DTYPES:
         assert resolve(SageConfig(pv="e4m3_fp16", smooth_v=False), CUDA, dtype, 64).smooth == "k"
     exact = resolve(SageConfig(exponential="exact"), CUDA, BF16, 64)
     assert own.allows(exact) and exact.name == "int8.token_thread/e4m3_fp16/smooth-kv"
-    for fields in FALLS_TO_TRITON:
+    for fields in LEFT_TO_MMA:
         recipe = resolve(SageConfig(**fields), CUDA, BF16, 64)
-        assert triton.allows(recipe) and not own.allows(recipe), fields
+        assert mma.allows(recipe) and not own.allows(recipe), fields
+    token = resolve(SageConfig(granularity="token"), CUDA, BF16, 64)
+    assert triton.allows(token) and not mma.allows(token)
     assert resolve(SageConfig(pv="half"), CUDA, torch.float16, 64).pv == "fp16"
     assert resolve(PRESETS["sage1"], CUDA, BF16, 64) == Recipe("int8", "block", "bf16", "k")
     assert resolve(SageConfig(), CPU, BF16, 64) == SUPPORT["cpu"].default
@@ -145,31 +151,69 @@ def test_wide_heads_take_the_row_that_has_room(hopper: None) -> None:
     limit = SUPPORT["cuda.sm90"].max_head_dim
     assert resolve(SageConfig(), CUDA, BF16, limit) == SUPPORT["cuda.sm90"].default
     if limit < MAX_HEAD_DIM:
-        assert resolve(SageConfig(), CUDA, BF16, limit + 1) == SUPPORT["cuda"].default
+        assert resolve(SageConfig(), CUDA, BF16, limit + 1) == SUPPORT["cuda.sm89"].default
     assert max(support.max_head_dim for support in SUPPORT.values()) == MAX_HEAD_DIM
 
 
 def test_what_no_row_runs_is_the_recipe_of_the_preferred_one(hopper: None) -> None:
-    config = SageConfig(pv="e4m3")
+    config = SageConfig(pv="e4m3", exponential="mixed")
     rows = devices.rows_of(CUDA)
-    assert rows == ("cuda.sm90", "cuda")
     assert choose_row(config, rows, BF16, 64) == "cuda.sm90"
     assert resolve(config, CUDA, BF16, 64) == Recipe("int8", "token_thread", "e4m3", "kv", "mixed")
 
 
+def test_four_bits_smooth_queries_unless_told_not_to(hopper: None) -> None:
+    def smooth(**fields: Any) -> str:
+        return resolve(SageConfig(qk="int4", **fields), CUDA, BF16, 64).smooth
+
+    assert smooth() == "qkv" and smooth(smooth_q=False) == "kv" and smooth(smooth_k=False) == "qv"
+
+
 @pytest.mark.parametrize(
-    ("archs", "capability"),
-    [((), (9, 0)), (("sm90",), (8, 9)), (("sm90",), (10, 0)), (("sm90",), None)],
+    ("capability", "rows"),
+    [
+        ((8, 0), ["cuda.sm80"]),
+        ((8, 6), ["cuda.sm80"]),
+        ((8, 7), ["cuda.sm80"]),
+        ((8, 9), ["cuda.sm89"]),
+        ((12, 0), ["cuda.sm120"]),
+        ((12, 1), ["cuda.sm120"]),
+        ((7, 5), []),
+        ((10, 0), []),
+        (None, []),
+    ],
 )
-def test_every_other_gpu_has_the_row_of_triton(
-    archs: tuple[str, ...], capability: Any, monkeypatch: pytest.MonkeyPatch
+def test_every_other_gpu_has_rows_by_its_capability(
+    capability: Any, rows: list[str], hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code for sm_90a runs on no other capability, newer ones included."""
-    monkeypatch.setattr(_extension, "cuda_archs", lambda: archs)
     monkeypatch.setattr(devices, "capability", lambda index: capability)
-    assert devices.rows_of(CUDA) == ("cuda",)
-    assert resolve(SageConfig(), CUDA, BF16, 64) == SUPPORT["cuda"].default
+    assert devices.rows_of(CUDA) == (*rows, "cuda")
+    assert resolve(SageConfig(), CUDA, BF16, 64) == SUPPORT[(*rows, "cuda")[0]].default
     assert devices.lack_of_sm90("query", CUDA) is not None
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "rows"),
+    [
+        ({}, (9, 0), []),
+        ({"sm90": ("9.0",)}, (8, 9), []),
+        ({"sm90": ("9.0",)}, (9, 0), ["cuda.sm90"]),
+        ({"sm80": ("8.0", "8.9")}, (8, 9), ["cuda.sm80"]),
+        ({"sm80": ("8.9",), "sm89": ("8.9",)}, (8, 0), []),
+        ({"sm80": ("12.0",)}, (12, 0), ["cuda.sm80"]),
+    ],
+)
+def test_a_build_without_code_for_a_gpu_leaves_its_rows_out(
+    built: dict[str, tuple[str, ...]],
+    capability: Any,
+    rows: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TORCH_CUDA_ARCH_LIST, or an older nvcc, decides what there is."""
+    monkeypatch.setattr(_extension, "cuda_gpus", lambda: built)
+    monkeypatch.setattr(devices, "capability", lambda index: capability)
+    assert devices.rows_of(CUDA) == (*rows, "cuda")
 
 
 def test_a_fake_gpu_is_judged_without_a_gpu() -> None:
@@ -189,25 +233,29 @@ def test_lack_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, hopper: Non
     assert devices.lack_of_sm90("key", CUDA) == needs + "8.6"
     monkeypatch.setattr(devices, "capability", lambda index: None)
     assert devices.lack_of_sm90("key", CUDA) == needs + "none that torch can use"
-    monkeypatch.setattr(_extension, "cuda_archs", lambda: ())
+    monkeypatch.setattr(_extension, "cuda_gpus", dict)
     assert devices.lack_of_sm90("key", CUDA) == (
         "the native library must be built with kernels for sm90, got one without"
     )
 
 
-def test_archs_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    archs = _extension.cuda_archs.__wrapped__
+def test_gpus_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = _extension.cuda_gpus.__wrapped__
     monkeypatch.setattr(_extension, "is_available", lambda: True)
-    for listed, expected in (("none", ()), ("sm90", ("sm90",)), ("sm90,sm100", ("sm90", "sm100"))):
-        monkeypatch.setattr(_extension, "build_info", lambda listed=listed: {"cuda": listed})
-        assert archs() == expected
+    for listed, expected in (
+        ("", {}),
+        ("sm90:9.0", {"sm90": ("9.0",)}),
+        ("sm80:8.0,9.0;sm90:9.0", {"sm80": ("8.0", "9.0"), "sm90": ("9.0",)}),
+    ):
+        monkeypatch.setattr(_extension, "build_info", lambda listed=listed: {"cuda_gpus": listed})
+        assert gpus() == expected
     monkeypatch.setattr(_extension, "is_available", lambda: False)
-    assert archs() == ()
+    assert gpus() == {}
 
 
 def test_rows_by_type_of_device() -> None:
     assert rows_of_type("cpu") == rows_of_type("cpu", parts=True) == ("cpu",)
-    assert rows_of_type("cuda") == ("cuda", "cuda.sm90")
+    assert rows_of_type("cuda") == ("cuda", "cuda.sm90", "cuda.sm80", "cuda.sm89", "cuda.sm120")
     assert rows_of_type("cuda", parts=True) == ("cuda",)
     assert rows_of_type("meta") == tuple(SUPPORT)
     assert rows_of_type("meta", parts=True) == ("cpu", "cuda")
@@ -222,18 +270,29 @@ def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
     assert judge("cuda") == judge("meta") == []
     triton = {"granularity": "token", "pv": "bf16", "exponential": "exact"}
     assert judge("cuda", **triton) == []
+    mma = {"granularity": "tensor", "qk": "int4", "pv": "fp16_fp16", "exponential": "exact"}
+    assert judge("cuda", **mma) == judge("cuda", **mma, smooth="qkv") == []
     # Every value is legal on CUDA, in one row or the other.
-    assert judge("cuda", granularity="token", exponential="exact") == [
-        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16', or "
-        "granularity must be one of ['token_thread'] on cuda.sm90, got 'token'"
+    (problem,) = judge("cuda", granularity="token", exponential="exact")
+    assert problem.split(", or ") == [
+        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'",
+        "granularity must be one of ['token_thread'] on cuda.sm90, got 'token'",
+        "granularity must be one of ['thread', 'warp', 'block', 'tensor'] on cuda.sm80, "
+        "got 'token' and pv must be one of ['bf16', 'fp16', 'fp16_fp16'] on cuda.sm80, "
+        "got 'e4m3_fp16'",
+        "granularity must be one of ['thread', 'warp', 'block', 'tensor'] on cuda.sm89, "
+        "got 'token'",
+        "granularity must be one of ['thread', 'warp', 'block', 'tensor'] on cuda.sm120, "
+        "got 'token'",
     ]
-    (problem,) = judge("cuda", pv="bf16", exponential="exact")
-    assert "granularity must be one of ['token', 'thread', 'warp', 'block'] on cuda" in problem
-    assert "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'bf16'" in problem
     # What is wrong in every row is all there is to say.
-    assert judge("cuda", qk="int4") == [
-        "qk must be one of ['int8'] on cuda, got 'int4', or "
-        "qk must be one of ['int8'] on cuda.sm90, got 'int4'"
+    (problem,) = judge("cuda", qk="int2")
+    assert problem.split(", or ") == [
+        "qk must be one of ['int8'] on cuda, got 'int2'",
+        "qk must be one of ['int8'] on cuda.sm90, got 'int2'",
+        "qk must be one of ['int8', 'int4'] on cuda.sm80, got 'int2'",
+        "qk must be one of ['int8', 'int4'] on cuda.sm89, got 'int2'",
+        "qk must be one of ['int8', 'int4'] on cuda.sm120, got 'int2'",
     ]
     assert judge("cpu", granularity="token", pv="bf16", qk="int4", exponential="exact") == [
         "qk must be one of ['int8'] on cpu, got 'int4'"

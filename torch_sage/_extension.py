@@ -87,7 +87,7 @@ def kernel_version() -> str:
 
 
 def build_info() -> dict[str, str]:
-    """Return what was compiled and what runs here: cpu_isa, compiled_cpu_isas, cuda, compiler.
+    """Return what was compiled and what runs here: cpu_isa, compiled_cpu_isas, cuda, cuda_gpus, ...
 
     Raises:
         RuntimeError: if the library is not loaded; its cause is the load error.
@@ -102,10 +102,14 @@ def build_info() -> dict[str, str]:
 
 
 @cache
-def cuda_archs() -> tuple[str, ...]:
-    """Return what GPUs the library has CUDA code for, such as "sm90"; none where it is absent."""
-    built_for = build_info()["cuda"] if is_available() else "none"
-    return () if built_for == "none" else tuple(built_for.split(","))
+def cuda_gpus() -> dict[str, tuple[str, ...]]:
+    """Return what compute capabilities run each family of CUDA kernels, such as "sm90".
+
+    Nothing where the library is absent or was built without CUDA.
+    """
+    families = build_info()["cuda_gpus"].split(";") if is_available() else []
+    named = [family.split(":") for family in families if family]
+    return {name: tuple(gpus.split(",")) for name, gpus in named}
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 QKFormat = Literal["auto", "int8", "int4"]
 Granularity = Literal["auto", "token", "thread", "warp", "block", "tensor", "token_thread"]
-PVFormat = Literal["auto", "half", "bf16", "fp16", "e4m3", "e4m3_fp16"]
+PVFormat = Literal["auto", "half", "bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16"]
 Exponential = Literal["auto", "exact", "mixed"]
 OnUnsupported = Literal["fallback", "warn", "error"]
 Dispatch = Literal["measured", "always"]
@@ -33,11 +33,13 @@ class SageConfig:
 
     pv: PVFormat = "auto"
     """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates
-    in fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++)."""
+    in fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++), and so does ``fp16_fp16``,
+    where V of more than 1023 overflows."""
 
     smooth_q: bool | None = None
     """Subtract a mean of query rows before quantization and add its exact scores: the mean of a
-    head on CPU, of every 128 rows in INT4 recipes."""
+    head on CPU and in the Triton kernels, of every 128 rows in the other kernels. INT4 recipes do
+    so unless it is False."""
 
     smooth_k: bool | None = None
     """Subtract the token mean of K before quantization; in exact arithmetic, no change."""
@@ -93,21 +95,17 @@ class SageConfig:
         return tuple(sorted(asdict(self).items()))
 
 
+# The variants of the papers, which smooth no V; the ones of 4 bits alone smooth Q.
+_PAPERS = SageConfig(smooth_q=False, smooth_k=True, smooth_v=False)
+_8B = replace(_PAPERS, qk="int8", granularity="thread")
+_4B = replace(_PAPERS, qk="int4", granularity="thread", smooth_q=True)
 PRESETS: dict[str, SageConfig] = {
     "auto": SageConfig(),
-    "sage1": SageConfig(qk="int8", granularity="block", pv="half", smooth_q=False, smooth_k=True),
-    "sage2_8b": SageConfig(
-        qk="int8", granularity="thread", pv="e4m3", smooth_q=False, smooth_k=True
-    ),
-    "sage2_4b": SageConfig(
-        qk="int4", granularity="thread", pv="e4m3", smooth_q=True, smooth_k=True
-    ),
-    "sage2pp_8b": SageConfig(
-        qk="int8", granularity="thread", pv="e4m3_fp16", smooth_q=False, smooth_k=True
-    ),
-    "sage2pp_4b": SageConfig(
-        qk="int4", granularity="thread", pv="e4m3_fp16", smooth_q=True, smooth_k=True
-    ),
+    "sage1": replace(_PAPERS, qk="int8", granularity="block", pv="half"),
+    "sage2_8b": replace(_8B, pv="e4m3"),
+    "sage2_4b": replace(_4B, pv="e4m3"),
+    "sage2pp_8b": replace(_8B, pv="e4m3_fp16"),
+    "sage2pp_4b": replace(_4B, pv="e4m3_fp16"),
 }
 
 

@@ -51,6 +51,9 @@ CROSSOVER: dict[str, Rule] = {
     "cpu": Rule(full=_CPU, causal=_CPU, masked=_CPU),
     "cpu.portable": _NEVER,
     "cuda": _NEVER,
+    "cuda.sm80": _NEVER,
+    "cuda.sm89": _NEVER,
+    "cuda.sm120": _NEVER,
     "cuda.sm90": Rule(
         full=(
             Crossover(reuse=1365, multiplications=6.8e10),

@@ -12,6 +12,7 @@ from torch_sage import _extension
 
 # Compute capability of the GPUs whose instructions code compiled for sm_90a has, and no other's.
 SM90 = (9, 0)
+SM120 = 12  # first number of the consumer Blackwells' capabilities
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -37,16 +38,32 @@ def capability(index: int | None) -> tuple[int, int] | None:
 
 
 @asked_while_tracing
-def has_sm90_kernels(index: int | None) -> bool:
-    """Return whether GPU ``index`` can run code for sm_90a, and the library has some."""
-    return "sm90" in _extension.cuda_archs() and capability(index) == SM90
+def has_kernels(family: str, index: int | None) -> bool:
+    """Return whether the library has a family of kernels, such as "sm90", that GPU ``index`` runs.
+
+    That is decided where the library is built, by what nvcc compiled.
+    """
+    got = capability(index)
+    return got is not None and dotted(got) in _extension.cuda_gpus().get(family, ())
+
+
+@asked_while_tracing
+def generation(index: int | None) -> int | None:
+    """Return the first number of GPU ``index``'s compute capability."""
+    got = capability(index)
+    return None if got is None else got[0]
 
 
 def rows_of(device: torch.device) -> tuple[str, ...]:
     """Return the rows of the recipe table that ``device`` runs, the preferred one first."""
-    if device.type == "cuda" and has_sm90_kernels(device.index):
-        return ("cuda.sm90", "cuda")
-    return (device.type,)
+    if device.type != "cuda":
+        return (device.type,)
+    rows = ["cuda.sm90"] if has_kernels("sm90", device.index) else []
+    if has_kernels("sm89", device.index):  # those GPUs run the kernels of sm80, too
+        rows.append("cuda.sm120" if generation(device.index) == SM120 else "cuda.sm89")
+    elif has_kernels("sm80", device.index):
+        rows.append("cuda.sm80")
+    return (*rows, "cuda")
 
 
 @asked_while_tracing
@@ -54,7 +71,7 @@ def lack_of_sm90(name: str, device: torch.device) -> str | None:
     """Return why tensor ``name`` on ``device`` has no kernels for sm_90a, None if it has them."""
     if device.type != "cuda":
         return f"{name} must be on a GPU of compute capability {dotted(SM90)}, got {device}"
-    if "sm90" not in _extension.cuda_archs():
+    if "sm90" not in _extension.cuda_gpus():
         return "the native library must be built with kernels for sm90, got one without"
     got = capability(device.index)
     if got != SM90:

@@ -13,7 +13,7 @@ from torch_sage.devices import rows_of
 
 QK_FORMATS = ("int8", "int4")
 GRANULARITIES = ("token", "thread", "warp", "block", "tensor", "token_thread")
-PV_FORMATS = ("bf16", "fp16", "e4m3", "e4m3_fp16")
+PV_FORMATS = ("bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16")
 SMOOTH_LETTERS = "qkv"
 EXPONENTIALS = ("exact", "mixed")
 
@@ -102,7 +102,26 @@ class Support(NamedTuple):
 # CUDA of compute capability 9.0 alone: one recipe, which leaves the least to do between the two
 # products on tensor cores (docs/kernels/hopper.md). K and V are centred in the pass that quantizes
 # them anyway; Q has no such pass.
+#
+# The other CUDA rows are those of the mma.sync kernels. From compute capability 8.0 on P and V have
+# 16 bits; fp16 accumulators, twice as fast on GeForce, overflow where V is large (black images), so
+# they run on demand alone. From 8.9 on there is FP8.
 _ALL_SMOOTHING = ("", "k", "v", "kv", "q", "qk", "qv", "qkv")
+_SM80 = Support(
+    default=Recipe("int8", "thread", "bf16", "k"),
+    qk=("int8", "int4"),
+    granularity=("thread", "warp", "block", "tensor"),
+    pv=("bf16", "fp16", "fp16_fp16"),
+    smooth=_ALL_SMOOTHING,
+    exponential=("exact",),
+    half={torch.float32: "bf16", torch.bfloat16: "bf16", torch.float16: "fp16"},
+    max_head_dim=256,
+    has_parts=False,
+)
+_SM89 = _SM80._replace(
+    default=Recipe("int8", "thread", "e4m3_fp16", "kv"),
+    pv=("bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16"),
+)
 SUPPORT: dict[str, Support] = {
     "cpu": Support(
         default=Recipe("int8", "token", "bf16", "qk"),
@@ -137,6 +156,9 @@ SUPPORT: dict[str, Support] = {
         max_head_dim=128,
         has_parts=False,
     ),
+    "cuda.sm80": _SM80,
+    "cuda.sm89": _SM89,
+    "cuda.sm120": _SM89,
 }
 """Rows by the type of device; after a dot, those of its models that have the kernels."""
 
@@ -161,9 +183,12 @@ def resolve_in(row: str, config: SageConfig, dtype: torch.dtype) -> Recipe:
     """
     support = SUPPORT[row]
     default = support.default
+    qk = default.qk if config.qk == "auto" else config.qk
+    # Four bits have no room for a bias of Q (algorithm.md 3.1: cosine 98.1 % by K alone, 99.5).
+    usual = default.smooth + ("q" if qk == "int4" else "")
 
     def choose(letter: str, wanted: bool | None) -> bool:
-        return letter in default.smooth if wanted is None else wanted
+        return letter in usual if wanted is None else wanted
 
     wanted = {"q": config.smooth_q, "k": config.smooth_k, "v": config.smooth_v}
     pv: str = config.pv
@@ -172,7 +197,7 @@ def resolve_in(row: str, config: SageConfig, dtype: torch.dtype) -> Recipe:
     elif pv == "auto":
         pv = default.pv
     return Recipe(
-        qk=default.qk if config.qk == "auto" else config.qk,
+        qk=qk,
         granularity=default.granularity if config.granularity == "auto" else config.granularity,
         pv=pv,
         smooth="".join(s for s in SMOOTH_LETTERS if choose(s, wanted[s])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,14 +71,27 @@ def toolkit(tmp_path):
 
 @pytest.fixture
 def cuda_tree(source_tree):
-    """A source tree of one CUDA source and one C++ source of the CUDA road, quick to fail."""
+    """A source tree of a few sources of the CUDA road, quick to fail."""
     shutil.rmtree(source_tree / "csrc")
-    files = ("attention/sm90/kernel.cu", "cuda/stream.cpp", "exports.map", "standalone/exports.map")
+    files = (
+        "attention/sm80/kernel.cu",
+        "attention/sm89/kernel.cu",
+        "attention/sm90/kernel.cu",
+        "attention/sm90/launch.cpp",
+        "quantize/mma/prepare.cu",
+        "quantize/cuda/prepare.cu",
+        "cuda/stream.cpp",
+        "exports.map",
+        "standalone/exports.map",
+    )
     for name in files:
         source = source_tree / "csrc" / name
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("")
     return source_tree
+
+
+LACK = "TORCH_CUDA_ARCH_LIST has none of 8.0, 8.6, 8.7, 8.9, 9.0, 12.0"
 
 
 def build_graph(folder, **environment):
@@ -96,7 +110,7 @@ def test_cuda_on_demand_needs_nvcc(source_tree, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value", "lack"),
     [
-        ("TORCH_CUDA_ARCH_LIST", "8.0;10.0a", "TORCH_CUDA_ARCH_LIST lacks 9.0a"),
+        ("TORCH_CUDA_ARCH_LIST", "7.5;10.0a", LACK),
         ("TORCH_SAGE_SANITIZE", "address", "TORCH_SAGE_SANITIZE is set"),
         ("PATH", "/nonexistent", "there is no C++ compiler"),
     ],
@@ -110,32 +124,86 @@ def test_cuda_on_demand_is_refused_where_it_would_be_left_out(
     assert f"TORCH_SAGE_CUDA must be 0 or auto where {lack}, got 1" in done.stderr
 
 
+def codes_of(graph, source):
+    """Return what a CUDA source is compiled for; nothing: it is not."""
+    edge = re.search(rf"nvcc csrc/{source}\n  flags = (.*)", graph)
+    return re.findall(r"arch=compute_\w+,code=(\w+)", edge[1]) if edge else []
+
+
+def header_of(folder):
+    return (folder / "build" / "native" / "build_cuda.h").read_text()
+
+
 @pytest.mark.parametrize("mode", ["1", "auto"])
 def test_with_nvcc_the_cuda_sources_are_built_and_ptxas_is_quoted(cuda_tree, toolkit, mode):
-    arches = "8.0;9.0+PTX"
-    graph, printed = build_graph(
-        cuda_tree, TORCH_SAGE_CUDA=mode, CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST=arches
-    )
-    assert f"command = {toolkit}/bin/nvcc -std=c++20" in graph
-    assert "arch=compute_90a,code=sm_90a" in graph and "-lcudart_static" in graph
+    graph, printed = build_graph(cuda_tree, TORCH_SAGE_CUDA=mode, CUDA_HOME=str(toolkit))
+    assert f"command = {toolkit}/bin/nvcc -std=c++20" in graph and "-lcudart_static" in graph
     assert "kernel.cu.o.ptxas: nvcc csrc/attention/sm90/kernel.cu" in graph
     assert "compile csrc/cuda/stream.cpp\n  flags = " in graph
     assert "-isystem /toolkit/include" in graph and "-L/toolkit/lib" in graph
-    header = (cuda_tree / "build" / "native" / "build_cuda.h").read_text()
-    assert '"sm90"' in header and '"13.7"' in header
+    assert '"13.7"' in header_of(cuda_tree)
     assert "ptxas fatal: no such instruction" in printed
+
+
+# All; what GPUs of the list run, the newest code for each; PTX where it is asked for.
+@pytest.mark.parametrize(
+    ("arches", "sm80", "sm89", "sm90", "gpus"),
+    [
+        (
+            "",
+            ["sm_80", "sm_90", "sm_120a", "compute_80"],
+            ["sm_89", "sm_90", "sm_120a", "compute_89"],
+            ["sm_90a"],
+            "sm80:8.0,8.6,8.7,8.9,9.0,12.0,12.1;sm89:8.9,9.0,12.0,12.1;sm90:9.0",
+        ),
+        ("8.6", ["sm_80"], [], [], "sm80:8.0,8.6,8.7,8.9"),
+        ("8.9 10.0", ["sm_80"], ["sm_89"], [], "sm80:8.9;sm89:8.9"),
+        ("9.0", ["sm_90"], ["sm_90"], ["sm_90a"], "sm80:9.0;sm89:9.0;sm90:9.0"),
+        (
+            "8.9;12.0a+PTX",
+            ["sm_80", "sm_120a", "compute_80"],
+            ["sm_89", "sm_120a", "compute_89"],
+            [],
+            "sm80:8.0,8.6,8.7,8.9,9.0,12.0,12.1;sm89:8.9,9.0,12.0,12.1",
+        ),
+    ],
+)
+def test_sources_are_compiled_for_the_listed_gpus(
+    cuda_tree, toolkit, arches, sm80, sm89, sm90, gpus
+):
+    """The header says which families there are, and which GPUs run their kernels."""
+    graph, _ = build_graph(cuda_tree, CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST=arches)
+    expected = {"sm80": sm80, "sm89": sm89, "sm90": sm90}
+    for family, codes in expected.items():
+        assert codes_of(graph, f"attention/{family}/kernel.cu") == codes
+        assert f"TORCH_SAGE_HAS_{family.upper()} {int(bool(codes))}\n" in header_of(cuda_tree)
+    assert codes_of(graph, "quantize/cuda/prepare.cu") == sm90
+    assert ("csrc/attention/sm90/launch.cpp" in graph) == bool(sm90)
+    built = ",".join(family for family, codes in expected.items() if codes)
+    assert f'TORCH_SAGE_CUDA "{built}"\n' in header_of(cuda_tree)
+    assert f'TORCH_SAGE_CUDA_GPUS "{gpus}"\n' in header_of(cuda_tree)
+
+
+def test_an_older_nvcc_leaves_out_what_it_cannot_compile(cuda_tree, toolkit):
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("13.7", "12.6"))
+    graph, _ = build_graph(cuda_tree, CUDA_HOME=str(toolkit))
+    assert codes_of(graph, "attention/sm80/kernel.cu") == ["sm_80", "sm_90", "compute_80"]
+    assert codes_of(graph, "attention/sm89/kernel.cu") == []
+    assert codes_of(graph, "attention/sm90/kernel.cu") == ["sm_90a"]
+    assert 'TORCH_SAGE_CUDA "sm80,sm90"\n' in header_of(cuda_tree)
 
 
 @pytest.mark.parametrize(
     "environment",
-    [{"TORCH_SAGE_CUDA": "0"}, {"TORCH_CUDA_ARCH_LIST": "8.0"}],
+    [{"TORCH_SAGE_CUDA": "0"}, {"TORCH_CUDA_ARCH_LIST": "7.5"}],
     ids=["refused", "other capability"],
 )
 def test_without_cuda_its_sources_are_left_out(cuda_tree, toolkit, environment):
     graph, printed = build_graph(cuda_tree, CUDA_HOME=str(toolkit), **environment)
     assert "nvcc" not in graph and "cudart" not in graph and "csrc/cuda" not in graph
-    assert '"sm90"' not in (cuda_tree / "build" / "native" / "build_cuda.h").read_text()
-    warning = "TORCH_CUDA_ARCH_LIST lacks 9.0a: torch_sage will have no CUDA kernels"
+    assert 'TORCH_SAGE_CUDA "none"\n' in header_of(cuda_tree)
+    warning = f"{LACK}: torch_sage will have no CUDA kernels"
     assert (warning in printed) == ("TORCH_CUDA_ARCH_LIST" in environment)
 
 

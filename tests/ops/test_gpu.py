@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 import torch_sage
 from tests.csrc.isas import run_python
 from torch_sage import SageConfig, crossover, devices, ops
+from torch_sage.config import PRESETS
 from torch_sage.crossover import Crossover, Rule
 from torch_sage.distributed.call import accept
 from torch_sage.ops import gpu
@@ -30,12 +31,13 @@ spec = importlib.util.spec_from_file_location("torch_sage._extension", package /
 module = importlib.util.module_from_spec(spec)
 sys.modules["torch_sage._extension"] = module
 spec.loader.exec_module(module)
-module.cuda_archs = lambda: {archs}
+module.cuda_gpus = lambda: {gpus}
 from torch_sage.ops.schemas import LIBRARY
 ours = sorted(name.split("/")[1] for name in LIBRARY._op_impls if name.endswith("/CUDA"))
 print(*ours)
-print(*(hasattr(torch.ops.torch_sage, name) for name in ("triton_sdpa", "triton_sdpa_with_lse")))
-if {archs}:
+private = ("triton_sdpa", "triton_sdpa_with_lse", "mma_prepare_kv")
+print(*(name for name in private if hasattr(torch.ops.torch_sage, name)))
+if {gpus}:
     for name in ("sdpa", "sdpa_with_lse"):
         schema = str(getattr(torch.ops.torch_sage, name).default._schema)
         private = str(getattr(torch.ops.torch_sage, "triton_" + name).default._schema)
@@ -43,14 +45,23 @@ if {archs}:
 """
 
 
-@pytest.mark.parametrize("archs", [(), ("sm90",)], ids=["without", "with"])
-def test_the_library_runs_the_whole_op_on_cuda_where_it_has_kernels(archs: tuple[str, ...]) -> None:
-    done = run_python("-c", PRETEND.format(archs=archs))
+@pytest.mark.parametrize(
+    ("gpus", "private"),
+    [
+        ({}, ""),
+        ({"sm90": ("9.0",)}, "triton_sdpa triton_sdpa_with_lse"),
+        ({"sm80": ("8.0",)}, "triton_sdpa triton_sdpa_with_lse mma_prepare_kv"),
+    ],
+)
+def test_the_library_runs_the_whole_op_on_cuda_where_it_has_kernels(
+    gpus: dict[str, tuple[str, ...]], private: str
+) -> None:
+    done = run_python("-c", PRETEND.format(gpus=gpus))
     assert done.returncode == 0, done.stderr
-    ours, private = done.stdout.splitlines()
-    whole = {"triton_sdpa", "triton_sdpa_with_lse"} if archs else {"sdpa", "sdpa_with_lse"}
+    ours, found = done.stdout.splitlines()
+    whole = {"triton_sdpa", "triton_sdpa_with_lse"} if gpus else {"sdpa", "sdpa_with_lse"}
     assert set(ours.split()) == PARTS | whole
-    assert private == f"{bool(archs)} {bool(archs)}"
+    assert found == private
 
 
 @pytest.mark.parametrize("name", ["sdpa", "sdpa_with_lse"])
@@ -81,13 +92,13 @@ def codes(config: SageConfig) -> list[str]:
 def test_triton_is_asked_for_only_where_it_runs(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = ALWAYS.with_options(pv="half")
+    token = ALWAYS.with_options(granularity="token")
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
-    assert codes(ALWAYS) == codes(half) == []
+    assert codes(ALWAYS) == codes(token) == []
     gpu._lack.cache_clear()
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     assert codes(ALWAYS) == []
-    (reason,) = why_not(*fakes(), config=half)
+    (reason,) = why_not(*fakes(), config=token)
     assert reason.code == "device_unsupported"
     assert reason.message == "triton must be installed for attention on cuda"
 
@@ -110,29 +121,48 @@ def test_what_a_gpu_must_have(
 
 
 def test_refusals_name_the_values_of_every_row(hopper: None) -> None:
-    (reason,) = why_not(*fakes(), config=ALWAYS.with_options(pv="e4m3"))
+    (reason,) = why_not(*fakes(), config=ALWAYS.with_options(granularity="token", pv="e4m3"))
     assert reason.code == "recipe_unsupported"
     assert reason.message == (
+        "granularity must be one of ['token_thread'] on cuda.sm90, got 'token' and "
         "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'e4m3', or "
+        "granularity must be one of ['thread', 'warp', 'block', 'tensor'] on cuda.sm89, "
+        "got 'token', or "
         "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3'"
     )
-    config = ALWAYS.with_options(pv="e4m3_fp16", granularity="block")
-    (reason,) = why_not(*fakes(), config=config)
-    assert reason.code == "recipe_unsupported"
-    assert reason.message == (
-        "granularity must be one of ['token_thread'] on cuda.sm90, got 'block', or "
-        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'"
-    )
 
 
-def test_wide_heads_run_by_triton(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7)])
+def test_fp8_is_refused_where_the_gpu_has_none(
+    capability: tuple[int, int], hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "capability", lambda index: capability)
+    for preset in ("sage2_8b", "sage2_4b", "sage2pp_8b", "sage2pp_4b"):
+        config = SageConfig.preset(preset).with_options(dispatch="always")
+        (reason,) = why_not(*fakes(), config=config)
+        assert reason.code == "recipe_unsupported"
+        halves = "pv must be one of ['bf16', 'fp16', 'fp16_fp16'] on cuda.sm80, "
+        assert reason.message.startswith(f"{halves}got {config.pv!r}, or ")
+    assert codes(ALWAYS) == codes(SageConfig.preset("sage1").with_options(dispatch="always")) == []
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0), (12, 1)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_newer_gpus_run_every_preset(
+    preset: str, capability: tuple[int, int], hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "capability", lambda index: capability)
+    assert codes(SageConfig.preset(preset).with_options(dispatch="always")) == []
+
+
+def test_wide_heads_run_by_the_next_row(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUPPORT, "cuda.sm90", SUPPORT["cuda.sm90"]._replace(max_head_dim=63))
-    assert why_not(*fakes(), config=ALWAYS) == ()
-    (reason,) = why_not(*fakes(), config=ALWAYS.with_options(pv="e4m3_fp16"))
+    assert codes(ALWAYS) == []
+    (reason,) = why_not(*fakes(), config=ALWAYS.with_options(exponential="mixed"))
     assert reason.message == (
         "head_dim must be at most 63 on cuda.sm90, got 64, or "
-        "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'"
+        "exponential must be one of ['exact'] on cuda.sm89, got 'mixed', or "
+        "exponential must be one of ['exact'] on cuda, got 'mixed'"
     )
     q, k, v = fakes()
     with q.fake_mode, pytest.raises(ValueError, match=r"head_dim must be at most 63 on cuda\.sm90"):
@@ -147,7 +177,7 @@ def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.M
     assert [r.code for r in why_not(q, k, v)] == ["below_crossover"]
     assert why_not(q, k, v, is_causal=True) == ()
     assert why_not(q, k, v, causal="bottom_right") == ()
-    half = SageConfig(pv="half")  # by Triton, which has a rule of its own
+    half = SageConfig(pv="half")  # by other kernels, which have a rule of their own
     assert [r.code for r in why_not(q, k, v, is_causal=True, config=half)] == ["below_crossover"]
 
 
@@ -170,8 +200,8 @@ def test_calls_take_the_recipe_of_the_gpu(hopper: None) -> None:
     defaults = {a.name: a.default_value for a in ops.sdpa._schema.arguments}
     names = SUPPORT["cuda"].default.op_kwargs()
     found = [{name: kwargs.get(name, defaults[name]) for name in names} for kwargs in seen]
-    own, triton = (SUPPORT[row].default.op_kwargs() for row in ("cuda.sm90", "cuda"))
-    assert found == [own, {**own, "exponential": "exact"}, triton]
+    own, other = (SUPPORT[row].default.op_kwargs() for row in ("cuda.sm90", "cuda.sm89"))
+    assert found == [own, {**own, "exponential": "exact"}, {**other, "smooth": "qkv"}]
 
 
 @pytest.mark.parametrize("strict", [True, False])

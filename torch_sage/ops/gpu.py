@@ -16,6 +16,12 @@ from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, WHOLE
 # none since 3.8.
 LEAST_CAPABILITY = (8, 0)
 
+_MMA_PREPARE_KV = (
+    "mma_prepare_kv(Tensor key, Tensor value, *, str qk, str granularity, str pv, str smooth)"
+    " -> (Tensor key_codes, Tensor key_scales, Tensor key_mean, Tensor value_codes,"
+    " Tensor value_scales, Tensor value_mean)"
+)
+
 
 @asked_while_tracing
 def lack(index: int | None, row: str) -> str | None:
@@ -45,12 +51,15 @@ def register_kernels() -> None:
     """Run the ops on CUDA tensors by the Triton kernels, imported at the first call.
 
     A library with CUDA code has the whole op itself. Recipes that its kernels do not run it hands
-    on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls.
+    on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls. ``mma_prepare_kv``
+    is the pass over K and V of its mma.sync kernels, for their tests alone.
     """
+    if "sm80" in _extension.cuda_gpus():
+        LIBRARY.define(_MMA_PREPARE_KV)  # type: ignore[no-untyped-call]  # torch's
     for name in DEFINITIONS:
         if name in PREPARED:
             continue
-        if name in WHOLE and _extension.cuda_archs():
+        if name in WHOLE and _extension.cuda_gpus():
             target = f"triton_{name}"
             LIBRARY.define(f"{target}{DEFINITIONS[name]}")  # type: ignore[no-untyped-call]  # torch's
         else:
