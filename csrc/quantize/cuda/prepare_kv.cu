@@ -13,6 +13,7 @@
 
 #include "attention/sm90/ptx.cuh"
 #include "cuda/error.h"
+#include "quantize/cuda/extremes.cuh"
 #include "quantize/cuda/prepared.h"
 #include "quantize/cuda/rules.cuh"
 #include "quantize/cuda/words.cuh"
@@ -45,19 +46,6 @@ struct Vector8 {
     }
   }
 };
-
-// Extremes that are NaN if one of the two is; of magnitudes by |.| at the call, which costs
-// nothing.
-__device__ __forceinline__ float larger_of(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-__device__ __forceinline__ float smaller_of(float a, float b) {
-  float y;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
 
 // E4M3 codes of two numbers, and the values of those codes.
 __device__ __forceinline__ uint32_t e4m3_pair(float low, float high, __half2& values) {
