@@ -188,7 +188,7 @@ def test_poisoned_key_takes_the_head_if_smoothed_else_who_sees_its_group(
 
 @pytest.mark.parametrize("smooth", ["", "v"])
 @pytest.mark.parametrize("precision", ["recipe", "exact"])
-@pytest.mark.parametrize("pv", ["bf16", "fp16", "e4m3", "e4m3_fp16", "int8"])
+@pytest.mark.parametrize("pv", ["bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16", "int8"])
 def test_poisoned_value_takes_its_channel_of_rows_that_attend(
     pv: str, precision: str, smooth: str
 ) -> None:
@@ -390,3 +390,17 @@ def test_a_given_query_mean_is_used(precision: str) -> None:
     other = reference.attention(q, k, v, **recipe, query_mean=torch.zeros(1, 4, q.shape[3]))
     assert not torch.equal(other.output, own.output)
     assert relative_l1(other.output, own.output) < 0.02
+
+
+@pytest.mark.parametrize("precision", ["recipe", "exact"])
+def test_scores_of_the_query_mean_may_take_keys_in_16_bits(precision: str) -> None:
+    q, k, v = normal(1, 2, 40, 16), normal(1, 1, 50, 16, seed=1), normal(1, 1, 50, 8, seed=2)
+    recipe = THREAD | {"smooth": "q", "precision": precision}
+
+    def attend(key: Tensor, dtype: torch.dtype) -> Tensor:
+        return reference.attention(5 + q, key, v, **recipe, correction_dtype=dtype).output
+
+    full, half = attend(k, torch.float32), attend(k, torch.bfloat16)
+    assert 0 < relative_l1(half, full) < 0.02
+    rounded = k.bfloat16().float()
+    assert torch.equal(attend(rounded, torch.bfloat16), attend(rounded, torch.float32))

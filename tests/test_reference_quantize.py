@@ -186,7 +186,7 @@ def test_e4m3_value_is_the_nearest_code(pv: str) -> None:
     assert torch.equal(scales, amax[..., 0, :] * torch.tensor(1 / top))
 
 
-@pytest.mark.parametrize("pv", ["bf16", "fp16", "e4m3", "e4m3_fp16", "int8"])
+@pytest.mark.parametrize("pv", ["bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16", "int8"])
 def test_value_channels_are_poisoned_one_by_one(pv: str) -> None:
     value = normal(1, 2, 9, 5)
     value[0, 1, 4, 2] = float("inf")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_sage.reference.quantize import E4M3_MAX, E4M3_RANGES
+from torch_sage.reference.quantize import E4M3_MAX, E4M3_RANGES, FP16_FORMATS
 
 E4M3_MAX_CODE = 126  # of 448; 127 is NaN
 
@@ -27,6 +27,7 @@ FP16_STEP = 16
 DEFAULT_ACCUMULATOR = {
     "bf16": "fp32",
     "fp16": "fp32",
+    "fp16_fp16": "fp16",
     "int8": "fp32",
     "e4m3": "fp22",
     "e4m3_fp16": "fp16",
@@ -45,7 +46,7 @@ def round_probabilities(p: Tensor, pv: str) -> Tensor:
     """Return the values that P has after its cast, as fp32."""
     if pv == "bf16":
         return p.bfloat16().float()
-    if pv == "fp16":
+    if pv in FP16_FORMATS:
         return p.half().float()
     if pv == "int8":
         return (p * 127).round() * torch.tensor(1 / 127, dtype=torch.float32)
@@ -107,7 +108,7 @@ def select_accumulator(pv: str, name: str | None) -> Accumulator:
     choices: dict[str, Accumulator] = {"fp32": accumulate_fp32}
     if is_e4m3:
         choices |= {"fp22": accumulate_fp22, "fp16": accumulate_fp8_fp16}
-    elif pv == "fp16":
+    elif pv in FP16_FORMATS:
         choices |= {"fp16": accumulate_fp16}
     if name not in choices:
         raise ValueError(f"accumulator must be one of {list(choices)} for pv={pv}, got {name!r}")

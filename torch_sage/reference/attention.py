@@ -58,6 +58,7 @@ def attention(
     tile: int | None = None,
     smooth_block: int | None = None,
     precision: str = "recipe",
+    correction_dtype: torch.dtype = torch.float32,
     query_mean: Tensor | None = None,
     key_mean: Tensor | None = None,
     value_mean: Tensor | None = None,
@@ -96,6 +97,8 @@ def attention(
         smooth_block: query rows that share a mean where Q is smoothed, ``block_q`` by default; the
             CPU kernels take all rows of a head.
         precision: "recipe" or "exact".
+        correction_dtype: type that smoothed keys are rounded to before they are multiplied by the
+            mean of Q; the CUDA kernels take bfloat16 for fp32 keys.
         query_mean: fp32 [B, Hq, D] to smooth all rows of Q with, instead of means of blocks.
         key_mean: fp32 [B, Hkv, D] to smooth K with, instead of its own mean.
         value_mean: fp32 [B, Hkv, Dv], with ``value_group`` [B, Hkv, groups, Dv], to smooth V with,
@@ -134,6 +137,7 @@ def attention(
         ValueFormat(value_max, value_group),
         query.shape[-1] ** -0.5 if scale is None else scale,
         visible,
+        correction_dtype,
     )
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         ops = ops._replace(bias=attn_mask.expand(visible.shape))

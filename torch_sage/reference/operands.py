@@ -102,6 +102,7 @@ def quantize_operands(
     value_format: ValueFormat,
     scale: float,
     visible: Tensor,
+    correction_dtype: torch.dtype = torch.float32,
 ) -> Operands:
     """Quantize Q, K and V, and what the attention needs besides (E1-E4, E6).
 
@@ -145,7 +146,7 @@ def quantize_operands(
         else:
             q_mean = means[0][..., None, :].expand(query.shape)
             q_input = query.float() - q_mean
-        smoothed_key = per_query_head(key.float() - k_mean[..., None, :])
+        smoothed_key = per_query_head(key.float() - k_mean[..., None, :]).to(correction_dtype)
         correction = sign * (q_mean.double() @ smoothed_key.mT.double())
     q_codes, q_scales = quantize_query(q_input, block=tile.block_q, warp=tile.warp, **rows)
     return Operands(

@@ -20,6 +20,8 @@ BF16_MAX = torch.finfo(torch.bfloat16).max
 # behind an attention sink (algorithm.md 2.5: relative L1 .037, against .096 of (448, 2.25)).
 E4M3_RANGES = {"e4m3": (448.0, 448.0), "e4m3_fp16": (112.0, 9.0)}
 
+FP16_FORMATS = ("fp16", "fp16_fp16")  # they differ in the accumulator
+
 # Granularity "token_thread": Q as "token", K as "thread" in blocks of so many rows.
 TOKEN_THREAD_BLOCK = 128
 
@@ -141,8 +143,8 @@ def quantize_value(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize V per channel, after subtracting its token mean (E4) if ``smooth``.
 
-    "bf16" and "fp16" round to nearest even with scale 1; "e4m3" and "e4m3_fp16" follow R6; "int8"
-    follows R1-R5. A channel that is not finite gets codes 0 and scale NaN (R2).
+    "bf16", "fp16" and "fp16_fp16" round to nearest even with scale 1; "e4m3" and "e4m3_fp16"
+    follow R6; "int8" follows R1-R5. A channel that is not finite gets codes 0 and scale NaN (R2).
 
     Args:
         value: [B, Hkv, M, Dv], any float dtype.
@@ -183,12 +185,12 @@ def quantize_value(
         scales = torch.where(amax.isfinite(), 1.0, torch.nan)
         codes = x.clamp(-BF16_MAX, BF16_MAX)
         dtype = torch.bfloat16
-    elif pv == "fp16":
+    elif pv in FP16_FORMATS:
         scales = torch.where(amax.half().isfinite(), 1.0, torch.nan)
         codes = x
         dtype = torch.float16
     else:
-        valid = ["bf16", "fp16", *E4M3_RANGES, "int8"]
+        valid = ["bf16", *FP16_FORMATS, *E4M3_RANGES, "int8"]
         raise ValueError(f"pv must be one of {valid}, got {pv!r}")
     poisoned = scales[..., None, :].isnan()
     return torch.where(poisoned, 0.0, codes).to(dtype), scales, mean
