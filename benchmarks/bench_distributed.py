@@ -1,12 +1,10 @@
-"""Scaling of ring and all-to-all attention, and the bytes that they move.
+"""Scaling of ring and all-to-all attention on CPU with gloo, and the bytes that they move.
 
-On CPU, gloo, two ranks of half the cores each:
+Two ranks of half the cores each:
 
     python -m benchmarks.bench_distributed --tokens 4096
 
-On GPUs, NCCL, one rank each:
-
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_distributed --tokens 131072
+``bench_ring`` is the one for GPUs.
 """
 
 from __future__ import annotations
@@ -14,22 +12,20 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import torch_sage
-from benchmarks import harness
+from benchmarks import harness, ranks
 from benchmarks.harness import MAX_RELATIVE_L1, Inputs
 from benchmarks.shapes import Shape
 from torch_sage import SageConfig, distributed
-from torch_sage.distributed.kernels import quantize, rows_to_send
+from torch_sage.distributed import kernels
 from torch_sage.distributed.order import Order
 from torch_sage.recipes import choose_row, resolve_in
 
@@ -54,38 +50,33 @@ METHODS = (
 )
 
 
-def seconds_of(run: Callable[[], Tensor], rounds: int, device: torch.device) -> float:
+def seconds_of(run: Callable[[], Tensor], rounds: int) -> float:
     """Return the median time of a call, each round as long as the slowest rank takes."""
     times = []
     for i in range(rounds + 1):
         dist.barrier()
-        _synchronize(device)
         start = time.perf_counter()
         run()
-        _synchronize(device)
-        slowest = torch.tensor([time.perf_counter() - start], device=device)
+        slowest = torch.tensor([time.perf_counter() - start])
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if i > 0:  # the first one warms up
             times.append(slowest.item())
     return statistics.median(times)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def sent_bytes(method: Method, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
     """Return what a rank sends in one call, and what that would be with K and V in 16 bits."""
-    ranks = dist.get_world_size()
-    row = choose_row(CONFIG, rows_to_send(key.device), key.dtype, max(key.shape[3], value.shape[3]))
-    packet = quantize(key, value, resolve_in(row, CONFIG, key.dtype)).pack().nbytes
+    size = dist.get_world_size()
+    row = choose_row(
+        CONFIG, kernels.rows_to_send(key.device), key.dtype, max(key.shape[3], value.shape[3])
+    )
+    packet = kernels.quantize(key, value, resolve_in(row, CONFIG, key.dtype)).pack().nbytes
     plain = 2 * (key.numel() + value.numel())
     if method.is_ring:
-        return (ranks - 1) * packet, (ranks - 1) * plain
+        return (size - 1) * packet, (size - 1) * plain
     output = query.numel() // query.shape[3] * value.shape[3]
-    rows = query.element_size() * (query.numel() + output)
-    return (packet + rows) * (ranks - 1) // ranks, (plain + rows) * (ranks - 1) // ranks
+    swapped = query.element_size() * (query.numel() + output)
+    return (packet + swapped) * (size - 1) // size, (plain + swapped) * (size - 1) // size
 
 
 def one_rank(inputs: Inputs) -> Tensor:
@@ -99,16 +90,15 @@ def one_rank(inputs: Inputs) -> Tensor:
     ).output
 
 
-def bench(shape: Shape, dtype: str, rounds: int, device: torch.device) -> None:
+def bench(shape: Shape, dtype: str, rounds: int) -> None:
     """Check every method on ``shape``, time it, and print one row each."""
-    ranks, is_first = dist.get_world_size(), dist.get_rank() == 0
-    host = harness.make_inputs(shape, DTYPES[dtype])
-    inputs = Inputs(*(x.to(device) for x in host[:3]), shape.is_causal)
-    alone = seconds_of(lambda: one_rank(inputs), rounds, device)
+    is_first = dist.get_rank() == 0
+    inputs = harness.make_inputs(shape, DTYPES[dtype])
+    alone = seconds_of(lambda: one_rank(inputs), rounds)
     if is_first:
         print(f"| {shape.name} | {dtype} | one rank | {alone * 1e3:.1f} | 1.00 | | | |", flush=True)
     for method in METHODS:
-        if shape.heads_kv % ranks and not method.is_ring:
+        if shape.heads_kv % dist.get_world_size() and not method.is_ring:
             continue
         local = [distributed.shard_sequence(x, order=method.order) for x in inputs[:3]]
         options = {"is_causal": shape.is_causal, "enable_gqa": True, "config": CONFIG}
@@ -119,10 +109,10 @@ def bench(shape: Shape, dtype: str, rounds: int, device: torch.device) -> None:
             return method.attend(*local, **options)  # noqa: B023  (called before the next round)
 
         output = distributed.unshard_sequence(run(), order=method.order)
-        error = harness.relative_error(output.cpu(), host)
+        error = harness.relative_error(output, inputs)
         if not error <= MAX_RELATIVE_L1:
             raise RuntimeError(f"{method.name} must have relative L1 error <= 0.02, got {error}")
-        taken = seconds_of(run, rounds, device)
+        taken = seconds_of(run, rounds)
         sent, plain = sent_bytes(method, *local)
         if is_first:
             cells = [
@@ -132,21 +122,12 @@ def bench(shape: Shape, dtype: str, rounds: int, device: torch.device) -> None:
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def work(rank: int, ranks: int, init_method: str, arguments: argparse.Namespace) -> None:
+def work(rank: int, size: int, init_method: str, arguments: argparse.Namespace) -> None:
     """Join the group and run every shape."""
-    device = torch.device("cpu")
-    on_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if on_gpus:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    backend = "nccl" if on_gpus else "gloo"
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=ranks)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size)
     if rank == 0:
-        environment = {**harness.environment(), "ranks": ranks, "backend": backend}
-        if on_gpus:
-            environment["gpu"] = torch.cuda.get_device_name(device)
+        environment = {**harness.environment(), "ranks": size}
         print(" ".join(f"{name}={value}" for name, value in environment.items()))
         print("| shape | dtype | method | ms | speed-up | MB sent by a rank | of 16 bits | error |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -155,7 +136,7 @@ def work(rank: int, ranks: int, init_method: str, arguments: argparse.Namespace)
         for tokens in arguments.tokens:
             for is_causal in (False, True):
                 shape = Shape(1, heads, heads_kv, tokens, tokens, head_dim, is_causal)
-                bench(shape, arguments.dtype, arguments.rounds, device)
+                bench(shape, arguments.dtype, arguments.rounds)
     dist.destroy_process_group()
 
 
@@ -171,13 +152,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls, of which the median")
     parser.add_argument("--ranks", type=int, default=2, help="processes to start; not by torchrun")
-    arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        work(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{folder}/store"
-        mp.spawn(work, (arguments.ranks, store, arguments), nprocs=arguments.ranks)
+    ranks.start(work, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The kernels for compute capability 9.0 on CPU: operands of their sizes, numbers of the oracle.
 
-Inside an image tokens and channels lie in natural order, which no caller may know.
+Inside an image of V tokens and channels lie in natural order, which no caller may know.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.gpu.sm90 import IMAGE_ROWS, RECIPE, VALUE_GROUP, VALUE_MAX, width_of
+from tests.gpu.sm90 import IMAGE_ROWS, RECIPE, VALUE_GROUP, VALUE_MAX, key_image, width_of
 from tests.numerics import exact_attention
 from torch_sage import ops, reference
 from torch_sage.ops import checks
@@ -39,7 +39,9 @@ def prepare_kv(key: Tensor, value: Tensor, *, smooth: str) -> tuple[Tensor, ...]
         return F.pad(x, (0, width - x.shape[3]))
 
     of_value = (image(values.view(torch.uint8)), channels(value_scales), channels(shift))
-    return image(codes), scales.unflatten(2, (-1, 4)), mean, *of_value
+    # The kernels' order of channels is its own inverse.
+    keys = key_image(image(codes), width).unflatten(2, (-1, IMAGE_ROWS)).flatten(3)
+    return keys, scales.unflatten(2, (-1, 4)), mean, *of_value
 
 
 def attention_prepared_with_lse(
@@ -67,17 +69,14 @@ def attention_prepared_with_lse(
     assert list(problems) == []
     width = width_of(query.shape[3], head_dim_v)
 
-    def tokens(image: Tensor, channels: int) -> Tensor:
-        rows = image.unflatten(3, (IMAGE_ROWS, width)).flatten(2, 3)
-        return rows[:, :, :seqlen_k, :channels]
-
     def of_groups(x: Tensor) -> Tensor:
         return x.repeat_interleave(VALUE_GROUP, 2)[:, :, :seqlen_k, :head_dim_v].double()
 
     group_of_key, _ = key_groups(seqlen_k, GRANULARITY, checks.KEY_BLOCK)
-    keys = tokens(key_codes, query.shape[3]).double()
+    keys = key_image(key_codes, width)[:, :, :seqlen_k, : query.shape[3]].double()
     keys = keys * key_scales.flatten(2)[:, :, group_of_key, None].double()
-    codes = tokens(value_codes, head_dim_v).contiguous().view(torch.float8_e4m3fn)
+    codes = value_codes.unflatten(3, (IMAGE_ROWS, width)).flatten(2, 3)
+    codes = codes[:, :, :seqlen_k, :head_dim_v].contiguous().view(torch.float8_e4m3fn)
     values = codes.double() * of_groups(value_scales) + of_groups(value_shift)
     query_codes, query_scales = reference.quantize_query(query, granularity=GRANULARITY)
     rounded = query_codes.double() * query_scales[..., None].double()
@@ -91,10 +90,10 @@ def attention_prepared_with_lse(
 @contextlib.contextmanager
 def sm90_on_cpu() -> Iterator[None]:
     """Share attention as on GPUs of compute capability 9.0."""
-    from torch_sage.distributed import call
+    from torch_sage.distributed import kernels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(call, "rows_to_send", lambda device: (PREPARED,))
+        patch.setattr(kernels, "rows_to_send", lambda device: (PREPARED,))
         patch.setattr(ops, "prepare_kv", prepare_kv)
         patch.setattr(ops, "attention_prepared_with_lse", attention_prepared_with_lse)
         yield

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_sage.config import SageConfig, as_config
+from torch_sage.distributed import kernels
 from torch_sage.distributed.group import agree
-from torch_sage.distributed.kernels import rows_to_send
 from torch_sage.ops.checks import FLOAT_DTYPES, largest_head_dim, names, shape_of_mask_problems
 from torch_sage.ops.dispatch import device_reasons, validate, why_not
 from torch_sage.recipes import Recipe, choose_row, resolve_in
@@ -55,7 +55,7 @@ def accept(
             "they were before quantization, got True"
         )
     config = config.with_options(dispatch="always", smooth_q=False)
-    rows, head_dim = rows_to_send(query.device), largest_head_dim(query, value)
+    rows, head_dim = kernels.rows_to_send(query.device), largest_head_dim(query, value)
     reasons = [
         *why_not(query, key, value, *semantics, config=config),
         *device_reasons(query, config, rows, head_dim),
