@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gpu.sm90 import EXPONENTIALS, OPS, RECIPE
+from tests.gpu.shared import OPS
+from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 
 # Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
 # of V and two, and what needs padded copies.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.cases import AttentionCase, Inputs
+from tests.gpu.shared import OPS
 from tests.numerics import Expected, assert_within_budget, expect, same_bits
 from torch_sage.recipes import PREPARED, SUPPORT
 
-OPS = torch.ops.torch_sage
 SMOOTHING = SUPPORT[PREPARED].smooth
 EXPONENTIALS = SUPPORT[PREPARED].exponential
 RECIPE = {"qk": "int8", "granularity": "token_thread", "pv": "e4m3_fp16"}
@@ -34,17 +34,6 @@ CHUNK_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 def is_for_sm90(case: AttentionCase) -> bool:
     widest = max(case.head_dim, case.head_dim_v)
     return case.smooth in SMOOTHING and widest <= SUPPORT[PREPARED].max_head_dim
-
-
-def to_gpu(x: Tensor) -> Tensor:
-    """Return the same view of the same storage, NaN around it included."""
-    storage = x.untyped_storage().cuda()
-    empty = torch.empty(0, dtype=x.dtype, device="cuda")
-    return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
-
-
-def on_gpu(inputs: Inputs) -> Inputs:
-    return Inputs(*(to_gpu(x) if isinstance(x, Tensor) else x for x in inputs))
 
 
 def width_of(head_dim: int, head_dim_v: int) -> int:
@@ -106,8 +95,3 @@ def _unswizzle(chunks: Tensor, mask: Tensor) -> Tensor:
     number = torch.arange(chunks.shape[-2], device=chunks.device)
     place = (number ^ mask[:, None])[..., None].expand(chunks.shape)
     return chunks.gather(-2, place).flatten(-2)
-
-
-def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same bits, any NaN equal to any other."""
-    return same_bits(*(torch.where(x.isnan(), torch.nan, x) for x in (a, b)))

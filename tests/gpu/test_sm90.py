@@ -6,31 +6,19 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor
 
-from tests.cases import (
-    CASES,
-    DTYPES,
-    EMPTY_CASES,
-    POISONS,
-    AttentionCase,
-    Inputs,
-    Poison,
-    make_inputs,
-    poison,
-)
-from tests.gpu.sm90 import (
-    EXPONENTIALS,
+from tests.cases import CASES, EMPTY_CASES, POISONS, AttentionCase, Poison, make_inputs, poison
+from tests.gpu.shared import (
+    MANY,
     OPS,
-    RECIPE,
-    SMOOTHING,
-    assert_right,
-    expected,
-    is_for_sm90,
+    accuracy_inputs,
+    assert_heads_are_independent,
+    error_of,
     on_gpu,
+    random_case,
 )
-from tests.numerics import exact_attention, output_budget_use, relative_l1, same_bits
+from tests.gpu.sm90 import EXPONENTIALS, RECIPE, SMOOTHING, assert_right, expected, is_for_sm90
+from tests.numerics import output_budget_use
 
 ALL_CASES = {
     case.id: case
@@ -45,34 +33,19 @@ def test_attention_is_within_budget(case: AttentionCase, exponential: str) -> No
     assert_right(on_gpu(make_inputs(case)), case.smooth, exponential)
 
 
-def random_case(pick: random.Random) -> AttentionCase:
-    heads_kv = pick.choice([1, 2])
-    causal = pick.choice(["none", "top_left", "bottom_right"])
-    masks = ["none", "bool", "key_padding", "bool_hidden_rows", "float", "float_inf", "alibi"]
-    return AttentionCase(
-        batch=pick.choice([1, 2]),
-        heads_q=heads_kv * pick.choice([1, 2, 3]),
-        heads_kv=heads_kv,
-        seqlen_q=pick.randint(1, 600),
-        seqlen_k=pick.choice([pick.randint(1, 300), pick.randint(1, 2600)]),
-        head_dim=pick.choice([64, 128, pick.randint(1, 128)]),
-        head_dim_v=pick.choice([64, 128, pick.randint(1, 128)]),
-        dtype=pick.choice(sorted(DTYPES)),
-        causal=causal,
-        mask=pick.choice(masks) if causal == "none" else "none",
-        scale=pick.choice([None, None, 0.05, -0.1]),
-        granularity="token_thread",
-        smooth=pick.choice(SMOOTHING),
-        data=pick.choice(["normal", "normal", "channel_bias", "uneven", "outlier_row"]),
-        layout=pick.choice(["bhsd", "bshd", "sliced", "fused", "expanded"]),
-    )
-
-
 @pytest.mark.parametrize("seed", range(48))
 def test_random_cases_are_within_budget(seed: int) -> None:
     pick = random.Random(seed)
     for _ in range(50):
-        case, exponential = random_case(pick), pick.choice(EXPONENTIALS)
+        case = random_case(
+            pick,
+            granularity=["token_thread"],
+            smooth=SMOOTHING,
+            head_dims=[64, 128],
+            most_queries=600,
+            most_keys=[300, 2600],
+        )
+        exponential = pick.choice(EXPONENTIALS)
         try:
             assert_right(on_gpu(make_inputs(case)), case.smooth, exponential)
         except AssertionError as error:
@@ -123,40 +96,13 @@ def test_mask_that_is_nan_or_plus_infinity_gives_nan_rows(number: float) -> None
     assert output.isnan().any(-1).nonzero().tolist() == [[0, 1, 3]]
 
 
-# More pieces of work (192 rows of a head) than an H100 has multiprocessors, so that blocks do
-# several, one behind the other: query rows, keys and both head dimensions.
-MANY = {
-    "short": (150, 130, 64, 64),
-    "groups": (400, 2100, 64, 64),
-    "wide": (400, 1100, 128, 100),
-    "hidden": (1500, 300, 64, 64),
-}
-
-
 @pytest.mark.parametrize("exponential", EXPONENTIALS)
 @pytest.mark.parametrize("causal", ["none", "masked", "top_left", "bottom_right"])
 @pytest.mark.parametrize("shape", MANY)
 def test_heads_do_not_depend_on_each_other(shape: str, causal: str, exponential: str) -> None:
-    """The bits of a head are those of a call with that head alone."""
-    batch, heads_kv, group = 4, 48, 2
-    n, m, d, dv = MANY[shape]
-
-    def normal(heads: int, tokens: int, channels: int) -> Tensor:
-        return torch.randn(batch, heads, tokens, channels, device="cuda").bfloat16()
-
-    q, k, v = normal(heads_kv * group, n, d), normal(heads_kv, m, d), normal(heads_kv, m, dv)
-    mask = torch.rand(n, m, device="cuda") > 0.4 if causal == "masked" else None
-    semantics = (mask, "none" if causal == "masked" else causal)
+    """Blocks do several pieces of work, one behind the other."""
     recipe = {**RECIPE, "smooth": "kv", "exponential": exponential}
-    output = OPS.sdpa(q, k, v, *semantics, **recipe)
-    with_lse = OPS.sdpa_with_lse(q, k, v, *semantics, **recipe)
-    for b, h in ((0, 0), (1, 17), (3, heads_kv - 2), (3, heads_kv - 1)):
-        kv, heads = (slice(b, b + 1), slice(h, h + 1)), slice(group * h, group * (h + 1))
-        one = (slice(b, b + 1), heads)
-        alone = (q[one], k[kv], v[kv], *semantics)
-        assert same_bits(output[one], OPS.sdpa(*alone, **recipe))
-        for whole, part in zip(with_lse, OPS.sdpa_with_lse(*alone, **recipe), strict=True):
-            assert same_bits(whole[one], part)
+    assert_heads_are_independent(recipe, shape, causal)
 
 
 def test_budget_has_room_to_fail() -> None:
@@ -168,20 +114,6 @@ def test_budget_has_room_to_fail() -> None:
     assert output_budget_use(OPS.sdpa(*inputs, **recipe), right) < 0.8
     later = inputs._replace(key=inputs.key.roll(1, 2))
     assert output_budget_use(OPS.sdpa(*later, **recipe), right) > 2
-
-
-def accuracy_inputs(data: str, head_dim: int, causal: str) -> Inputs:
-    generator = torch.Generator(device="cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda")
-
-    q, k, v = normal(3, 1, 8, 4096, head_dim)
-    if data != "normal":
-        k = k + 5 * normal(8, 1, head_dim)
-    if data == "key_and_value_bias":
-        v = v + 5 * normal(8, 1, head_dim)
-    return Inputs(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, causal, None)
 
 
 # Relative L1 error that the recipe promises against exact attention on the same bf16 inputs. A bias
@@ -197,8 +129,4 @@ def test_accuracy_at_4096_tokens(
 ) -> None:
     inputs = accuracy_inputs(data, head_dim, causal)
     output = OPS.sdpa(*inputs, **RECIPE, smooth="kv", exponential=exponential)
-    exact = []
-    for head in range(inputs.query.shape[1]):  # one at a time: workers share the GPU's memory
-        q, k, v = (x[:, head : head + 1] for x in inputs[:3])
-        exact.append(exact_attention(q, k, v, None, causal).output)
-    assert relative_l1(output, torch.cat(exact, dim=1)) <= bound
+    assert error_of(output, inputs) <= bound

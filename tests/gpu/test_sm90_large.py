@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.cases import Inputs
-from tests.gpu.sm90 import OPS, ORACLE, RECIPE
+from tests.gpu.shared import (
+    BEYOND,
+    OPS,
+    assert_mask_strides_beyond_32_bits,
+    assert_outputs_beyond_32_bits,
+    assert_strides_beyond_32_bits,
+    normal,
+)
+from tests.gpu.sm90 import ORACLE, RECIPE
 from tests.numerics import assert_within_budget, exact_attention, expect, relative_l1, same_bits
 
 ARGUMENTS: dict[str, Any] = {**RECIPE, "smooth": "kv", "exponential": "mixed"}
-BEYOND = 2**32  # elements; on the way there lies 2**31
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda").bfloat16()
-
-
-@pytest.fixture(autouse=True)
-def one_at_a_time() -> Iterator[None]:
-    """Workers of pytest-xdist share the GPU, and a test here takes up to a fifth of its memory."""
-    with open(Path(tempfile.gettempdir()) / "torch_sage_large_tests.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        torch.cuda.empty_cache()
+pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
 
 def test_strides_beyond_32_bits() -> None:
-    """One token every 2**25 elements, 2**32 of them from the first to the last."""
-    tokens, stride = 129, 2**25
-    storage = torch.empty(tokens * stride, dtype=torch.bfloat16, device="cuda")
-    dense, strided = [normal(1, 1, tokens, 64) for _ in range(3)], []
-    for place, x in enumerate(dense):
-        view = storage.as_strided(x.shape, (0, 0, stride, 1), 64 * place)
-        strided.append(view.copy_(x))
-    assert same_bits(OPS.sdpa(*strided, **ARGUMENTS), OPS.sdpa(*dense, **ARGUMENTS))
-    found, expected = (OPS.sdpa_with_lse(*x, **ARGUMENTS) for x in (strided, dense))
-    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+    assert_strides_beyond_32_bits(ARGUMENTS)
 
 
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
@@ -63,15 +44,7 @@ def test_views_of_a_fused_projection_beyond_32_bits(causal: str) -> None:
 
 
 def test_outputs_beyond_32_bits() -> None:
-    heads, n, d = 257, 2**17, 128
-    one, k, v = normal(1, 1, n, d), normal(1, 1, 64, d), normal(1, 1, 64, d)
-    q, k_all, v_all = (x.expand(1, heads, -1, -1) for x in (one, k, v))
-    output, lse = OPS.sdpa_with_lse(q, k_all, v_all, None, "top_left", **ARGUMENTS)
-    assert output.numel() > BEYOND
-    alone, alone_lse = OPS.sdpa_with_lse(one, k, v, None, "top_left", **ARGUMENTS)
-    for head in (0, 127, 128, 255, 256):
-        assert same_bits(output[:, head], alone[:, 0])
-        assert same_bits(lse[:, head], alone_lse[:, 0])
+    assert_outputs_beyond_32_bits(ARGUMENTS)
 
 
 def test_prepared_images_beyond_32_bits() -> None:
@@ -89,13 +62,7 @@ def test_prepared_images_beyond_32_bits() -> None:
 
 
 def test_mask_strides_beyond_32_bits() -> None:
-    """A query row every 2**28 elements."""
-    q, k, v = normal(1, 2, 16, 64), normal(1, 2, 300, 64), normal(1, 2, 300, 64)
-    dense = normal(16, 300)
-    storage = torch.empty(16 * 2**28 + 300, dtype=torch.bfloat16, device="cuda")
-    mask = storage.as_strided((16, 300), (2**28, 1)).copy_(dense)
-    found = OPS.sdpa(q, k, v, mask, **ARGUMENTS)
-    assert same_bits(found, OPS.sdpa(q, k, v, dense, **ARGUMENTS))
+    assert_mask_strides_beyond_32_bits(ARGUMENTS)
 
 
 @pytest.mark.parametrize("causal", ["none", "top_left"])
