@@ -1,4 +1,4 @@
-"""Several processes on this machine, with gloo and a file to meet at: no port, no network."""
+"""Several processes on this machine and a file to meet at: no port, no network."""
 
 from __future__ import annotations
 
@@ -12,26 +12,39 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# A deadlock fails, and soon; GPUs also wait for each other's compilers.
+PATIENCE = {"gloo": timedelta(seconds=60), "nccl": timedelta(seconds=120)}
 
-def launch(worker: Callable[..., Any], size: int, folder: Path, *args: Any) -> list[Any]:
+
+def launch(
+    worker: Callable[..., Any], size: int, folder: Path, *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """Call ``worker(rank, size, *args)`` in ``size`` processes; return each one's result.
 
-    What a worker raises is raised here, with its traceback.
+    With "nccl" each has a GPU, its current device. What a worker raises is raised here, with its
+    traceback.
     """
-    mp.spawn(_process, (worker, size, folder, args), nprocs=size)
+    mp.spawn(_process, (worker, size, folder, args, backend), nprocs=size)
     return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(size)]
 
 
 def _process(
-    rank: int, worker: Callable[..., Any], size: int, folder: Path, args: tuple[Any, ...]
+    rank: int,
+    worker: Callable[..., Any],
+    size: int,
+    folder: Path,
+    args: tuple[Any, ...],
+    backend: str,
 ) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=60),  # a deadlock fails, and soon
+        timeout=PATIENCE[backend],
     )
     result = worker(rank, size, *args)
     (folder / f"rank{rank}").write_bytes(pickle.dumps(result))

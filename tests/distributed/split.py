@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
 from tests.cases import AttentionCase, Inputs, make_inputs
 from tests.gpu.sm90 import ORACLE
@@ -147,6 +150,51 @@ def rows_that_meet(case: SplitCase, rank: int, source: int, size: int) -> Tensor
     if causal and source > rank:  # all its keys lie behind our queries, or behind the first half
         return tokens[len(tokens) // 2 if case.order == "zigzag" else len(tokens) :]
     return tokens
+
+
+def attend(
+    case: SplitCase,
+    kernels: Kernels = PARTS,
+    order: str | None = None,
+    inputs: Inputs | None = None,
+) -> AttentionOutput:
+    """Share the inputs of a case, attend, and put the results together again."""
+    from torch_sage import distributed
+
+    query, key, value, mask, causal, scale = inputs or make_inputs(case.attention)
+    layout: Any = {"order": case.order}
+    options: Any = {
+        "is_causal": causal == "top_left",
+        "scale": scale,
+        "enable_gqa": True,
+        "config": case.config(kernels),
+    }
+    q, k, v = (distributed.shard_sequence(x, **layout) for x in (query, key, value))
+    assert torch.equal(distributed.unshard_sequence(q, **layout), query)
+    if case.method == "ring":
+        if mask is not None and mask.shape[-2] != 1:
+            mask = distributed.shard_sequence(mask, -2, **layout)
+        options["order"] = order or case.order
+        result = distributed.ring_attention_with_lse(q, k, v, mask, **options)
+        alone = distributed.ring_attention(q, k, v, mask, **options)
+    else:
+        result = distributed.ulysses_attention_with_lse(q, k, v, mask, **options)
+        alone = distributed.ulysses_attention(q, k, v, mask, **options)
+    assert torch.equal(alone, result.output)
+    return AttentionOutput(*(distributed.unshard_sequence(x, **layout) for x in result))
+
+
+def attend_in_context(mesh: DeviceMesh, buffers: list[Tensor], is_causal: bool) -> Tensor:
+    """Call SDPA under context_parallel, and put its result together again."""
+    from torch_sage import distributed
+
+    before = [x.clone() for x in buffers]
+    with torch.no_grad():
+        with distributed.context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
+            assert buffers[0].shape[2] == before[0].shape[2] // mesh.size()
+            output = F.scaled_dot_product_attention(*buffers, is_causal=is_causal)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+        return context_parallel_unshard(mesh, [output], [2])[0]
 
 
 def expect_split(

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
 import torch_sage
 from tests.distributed.emulated import sm90_on_cpu
 from tests.distributed.launch import launch
+from tests.distributed.split import attend_in_context
 from tests.numerics import relative_l1, same_bits
 from torch_sage import SageConfig, _extension
 
@@ -170,20 +170,6 @@ def skipped(rank: int, size: int) -> list[int]:
     return counts
 
 
-def context(rank: int, size: int, is_causal: bool) -> Tensor:
-    """SDPA under context_parallel, put together again."""
-    from torch_sage import distributed as D
-
-    mesh = init_device_mesh("cpu", (size,))
-    buffers = tensors()
-    with torch.no_grad():
-        with D.context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
-            assert buffers[0].shape[2] == TOKENS // size
-            output = F.scaled_dot_product_attention(*buffers, is_causal=is_causal)
-        assert all(torch.equal(a, b) for a, b in zip(buffers, tensors(), strict=True))
-        return context_parallel_unshard(mesh, [output], [2])[0]
-
-
 def unsupported_context(rank: int, size: int) -> list[str]:
     """What SDPA under context_parallel says to a mask, and to a gradient."""
     from torch_sage import distributed as D
@@ -232,7 +218,7 @@ def work(rank: int, size: int) -> dict[str, Any]:
                 torch_sage.attention_with_lse(*local, config=SageConfig(smooth_q=False)).output
             ]
         ],
-        "context": [context(rank, size, is_causal) for is_causal in (False, True)],
+        "context": [attend_in_context(mesh, tensors(), causal) for causal in (False, True)],
         "unsupported context": unsupported_context(rank, size),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,58 +11,30 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import local_map
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 import torch_sage
 from tests.distributed.launch import launch
-from tests.numerics import relative_l1, same_bits
-from torch_sage import SageConfig, _extension, ops
+from tests.distributed.sharded import (
+    ALWAYS,
+    MODELS,
+    assert_quantized,
+    models,
+    operands,
+    run_sharded,
+)
+from torch_sage import _extension, ops
 
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason=_extension.unavailable_reason() or ""
 )
-ALWAYS = SageConfig(dispatch="always")
 GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
 MASKS = [(130, 130), (1, 130), (4, 130, 130), (1, 1, 130), (2, 1, 130, 130), (2, 4, 1, 130)]
 # A mask of three dimensions makes torch 2.11 flatten sharded ones, which its DTensor refuses.
 TORCH_MASKS = [shape for shape in MASKS if len(shape) != 3]
-
-
-def operands(heads: int = 4, heads_kv: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, h, 130, 16, generator=generator) for h in (heads, heads_kv, heads_kv)]
-
-
-def run_sharded(
-    op: Callable[..., Any], mesh: DeviceMesh, placements: list[Any], *args: Any, **kwargs: Any
-) -> list[str]:
-    """Call an op on DTensors; return where the results lie, or how they differ from plain ones."""
-    sharded = [
-        distribute_tensor(arg, mesh, placements) if isinstance(arg, Tensor) else arg for arg in args
-    ]
-    found = []
-    results, plain = op(*sharded, **kwargs), op(*args, **kwargs)
-    if isinstance(plain, Tensor):
-        results, plain = (results,), (plain,)
-    for result, expected in zip(results, plain, strict=True):
-        assert isinstance(result, DTensor)
-        same = (
-            result.shape == expected.shape
-            and result.dtype == expected.dtype
-            and result.stride() == expected.stride()
-            and same_bits(result.full_tensor(), expected)
-        )
-        found.append(str(list(result.placements)) if same else f"differs from {expected.shape}")
-    return found
 
 
 def on_axis(mesh: DeviceMesh, axis: int) -> dict[str, list[str]]:
@@ -147,61 +118,6 @@ def local_function(mesh: DeviceMesh) -> list[str]:
     return run_sharded(either, mesh, lies, *operands())
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q, k, v = (f(x).view(b, n, -1, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(output.transpose(1, 2).reshape(b, n, -1))
-
-
-def tensor_parallel(net: nn.Module, mesh: DeviceMesh, local: bool) -> nn.Module:
-    for layer in net:
-        columns = {name: ColwiseParallel(use_local_output=local) for name in "qkv"}
-        rows = {"o": RowwiseParallel(input_layouts=Shard(-1))}
-        parallelize_module(layer, mesh, {**columns, **rows})
-    return net
-
-
-def fully_sharded(net: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
-    for layer in net:
-        if compiled:
-            layer.compile(fullgraph=True)
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(net, mesh=mesh)
-
-
-def models(mesh: DeviceMesh) -> dict[str, tuple[float, float, int]]:
-    """Error of each model and of the unsplit one, and how many nodes were rewritten."""
-    torch.manual_seed(0)
-    net, x = nn.Sequential(Attention(), Attention()).eval(), torch.randn(2, 130, 64)
-    exact = net(x)
-    unsplit = relative_l1(torch_sage.sage(ALWAYS)(copy.deepcopy(net))(x), exact)
-    found = {}
-
-    def check(name: str, forward: Callable[[Tensor], Tensor]) -> None:
-        torch._dynamo.reset()
-        before = torch_sage.report().rewritten
-        with torch_sage.enable(ALWAYS):
-            error = relative_l1(forward(x), exact)
-        found[name] = (error, unsplit, torch_sage.report().rewritten - before)
-
-    eager = tensor_parallel(copy.deepcopy(net), mesh, local=True)
-    check("tensor parallel, eager", torch_sage.sage(ALWAYS)(eager))
-    for local in (True, False):
-        parallel = tensor_parallel(copy.deepcopy(net), mesh, local)
-        name = f"tensor parallel, {'local' if local else 'DTensor'}"
-        check(name, torch.compile(parallel, fullgraph=True))
-    eager = fully_sharded(copy.deepcopy(net), mesh, compiled=False)
-    check("FSDP2, eager", torch_sage.sage(ALWAYS)(eager))
-    check("FSDP2, compiled", fully_sharded(copy.deepcopy(net), mesh, compiled=True))
-    return found
-
-
 def work(rank: int, size: int, cache: str) -> dict[str, Any]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     # Plain loops around the ops will do; to find out what else the compiler can takes 8 s.
@@ -227,9 +143,9 @@ def work(rank: int, size: int, cache: str) -> dict[str, Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("sharding")
     first, second = launch(work, 2, folder, str(folder))
-    models = first.pop("models"), second.pop("models")
+    of_ranks = first.pop("models"), second.pop("models")
     assert first == second
-    return {**first, "models": models}
+    return {**first, "models": of_ranks}
 
 
 def lies(axis: int | None) -> str:
@@ -279,22 +195,10 @@ def test_torch_sdpa_on_cpu_refuses_a_sharded_mask(found: dict[str, Any]) -> None
     assert "attn_mask must be replicated" in found["torch, sharded mask"]
 
 
-@pytest.mark.parametrize(
-    ("name", "rewritten"),
-    [
-        ("tensor parallel, eager", 0),  # sage() calls the op itself
-        ("tensor parallel, local", 2),
-        ("tensor parallel, DTensor", 2),
-        ("FSDP2, eager", 0),
-        ("FSDP2, compiled", 1),  # layer by layer, and both layers share one graph
-    ],
-)
-def test_models_run_quantized(found: dict[str, Any], name: str, rewritten: int) -> None:
-    """Sums in another order flip codes, so the error is another one, and of the same size."""
-    for models in found["models"]:
-        error, unsplit, nodes = models[name]
-        assert nodes == rewritten
-        assert unsplit / 2 < error < 2 * unsplit
+@pytest.mark.parametrize("name", MODELS)
+def test_models_run_quantized(found: dict[str, Any], name: str) -> None:
+    for of_rank in found["models"]:
+        assert_quantized(of_rank, name)
 
 
 def test_group_is_gone_afterwards(found: dict[str, Any]) -> None:

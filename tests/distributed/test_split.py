@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import make_inputs
 from tests.distributed.emulated import sm90_on_cpu
 from tests.distributed.launch import launch
 from tests.distributed.split import (
@@ -22,6 +21,7 @@ from tests.distributed.split import (
     SPLIT_CASES,
     Kernels,
     SplitCase,
+    attend,
     expect_split,
     ring,
 )
@@ -36,33 +36,6 @@ MAX_LSE_ERROR = 1e-4  # of merged partial results; issue 5
 
 WRONG_ORDER = ring("zigzag", causal="top_left", data="uneven")
 NO_MEAN = ring(data="uneven")
-
-
-def attend(case: SplitCase, kernels: Kernels = PARTS, order: str | None = None) -> AttentionOutput:
-    """Share the inputs of a case, attend, and put the results together again."""
-    from torch_sage import distributed
-
-    query, key, value, mask, causal, scale = make_inputs(case.attention)
-    layout: Any = {"order": case.order}
-    options: Any = {
-        "is_causal": causal == "top_left",
-        "scale": scale,
-        "enable_gqa": True,
-        "config": case.config(kernels),
-    }
-    q, k, v = (distributed.shard_sequence(x, **layout) for x in (query, key, value))
-    assert torch.equal(distributed.unshard_sequence(q, **layout), query)
-    if case.method == "ring":
-        if mask is not None and mask.shape[-2] != 1:
-            mask = distributed.shard_sequence(mask, -2, **layout)
-        options["order"] = order or case.order
-        result = distributed.ring_attention_with_lse(q, k, v, mask, **options)
-        alone = distributed.ring_attention(q, k, v, mask, **options)
-    else:
-        result = distributed.ulysses_attention_with_lse(q, k, v, mask, **options)
-        alone = distributed.ulysses_attention(q, k, v, mask, **options)
-    assert torch.equal(alone, result.output)
-    return AttentionOutput(*(distributed.unshard_sequence(x, **layout) for x in result))
 
 
 def attend_without_means(case: SplitCase, kernels: Kernels) -> AttentionOutput:
