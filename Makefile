@@ -29,7 +29,7 @@ test: env
 
 # On a machine with a GPU; plain `make test` does not collect these.
 test-gpu: env
-	$(BIN)/python -m pytest -n 12 tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 12 --dist loadgroup tests/gpu $(PYTEST_ARGS)
 
 demo: env
 	$(BIN)/python -m torch_sage demo $(DEMO_ARGS)

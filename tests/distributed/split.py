@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
-from tests.cases import AttentionCase, Inputs, make_inputs
+from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
 from tests.gpu.sm90 import ORACLE
 from tests.numerics import Expected, exact_attention, expect
 from torch_sage import AttentionOutput, SageConfig, ops
@@ -44,11 +44,16 @@ def _means_of_prepared(key: Tensor, value: Tensor, smooth: str) -> dict[str, Ten
     return {"key_mean": ops.prepare_kv(key, value, smooth=smooth)[2]} if "k" in smooth else {}
 
 
-PARTS = Kernels(
-    lambda case: case.granularity,
-    lambda case: {**case.recipe, "tile": KERNEL_TILE},
-    _means_of_parts,
-)
+def parts_of(pv: dict[str, str], tile: int) -> Kernels:
+    """Return kernels with V in 16 bits, ``pv`` by the dtype of a case, and ``tile`` keys a step."""
+    return Kernels(
+        lambda case: case.granularity,
+        lambda case: {**case.recipe, "pv": pv[case.dtype], "tile": tile},
+        _means_of_parts,
+    )
+
+
+PARTS = parts_of(dict.fromkeys(DTYPES, "bf16"), KERNEL_TILE)
 PREPARED = Kernels(
     lambda case: "auto",
     lambda case: {**ORACLE, "smooth": case.smooth},
