@@ -1,41 +1,60 @@
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+#include <string_view>
+
+#include "build_cuda.h"  // setup.py writes it
+#include "cuda/device.h"
 #include "cuda/ops.h"
 
 namespace torch_sage::cuda {
 namespace {
 
-// Place of `pv` among the arguments of sdpa and sdpa_with_lse.
-constexpr int kPvArgument = 8;
+// Places among the arguments of sdpa and sdpa_with_lse.
+constexpr int kQuery = 0, kGranularity = 7, kPv = 8;
 
-bool is_for_hopper(StableIValue pv) {
-  const auto text = torch::stable::detail::to<StringHandle>(pv);
+std::string text_at(StableIValue* stack, int place) {
+  const auto text = torch::stable::detail::to<StringHandle>(stack[place]);
   size_t length = 0;
   const char* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(text, &length));
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(text, &data));
-  return std::string_view(data, length) == "e4m3_fp16";
+  return {data, length};
+}
+
+int device_at(StableIValue* stack, int place) {
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(
+      torch::stable::detail::to<AtenTensorHandle>(stack[place]), &device));
+  return device;
 }
 
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 
-// Other recipes are those of the Triton kernels, which are Python's.
-void route(Boxed ours, const char* others, StableIValue* stack, uint64_t arguments,
+// The granularities are disjoint; what Triton has besides, it does where there is no other code.
+void route(Boxed hopper, Boxed mma, const char* triton, StableIValue* stack, uint64_t arguments,
            uint64_t results) {
-  if (is_for_hopper(stack[kPvArgument])) return ours(stack, arguments, results);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(others, "", stack, TORCH_ABI_VERSION));
+  const std::string granularity = text_at(stack, kGranularity), pv = text_at(stack, kPv);
+  if (granularity == "token_thread") return hopper(stack, arguments, results);
+  const bool is_e4m3 = pv == "e4m3" || pv == "e4m3_fp16";
+  if (is_e4m3 || (granularity != "token" && has_code(is_e4m3 ? "sm89" : "sm80", device_at(stack, kQuery))))
+    return mma(stack, arguments, results);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(triton, "", stack, TORCH_ABI_VERSION));
 }
 
 void route_sdpa(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  route(TORCH_BOX(&sdpa), "torch_sage::triton_sdpa", stack, arguments, results);
+  route(TORCH_BOX(&sdpa), TORCH_BOX(&mma_sdpa), "torch_sage::triton_sdpa", stack, arguments,
+        results);
 }
 void route_sdpa_with_lse(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  route(TORCH_BOX(&sdpa_with_lse), "torch_sage::triton_sdpa_with_lse", stack, arguments, results);
+  route(TORCH_BOX(&sdpa_with_lse), TORCH_BOX(&mma_sdpa_with_lse),
+        "torch_sage::triton_sdpa_with_lse", stack, arguments, results);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {
   m.impl("sdpa", &route_sdpa);
   m.impl("sdpa_with_lse", &route_sdpa_with_lse);
+  m.impl("mma_prepare_kv", TORCH_BOX(&mma_prepare_kv));
   m.impl("prepare_kv", TORCH_BOX(&prepare_kv));
   m.impl("attention_prepared", TORCH_BOX(&attention_prepared));
   m.impl("attention_prepared_with_lse", TORCH_BOX(&attention_prepared_with_lse));

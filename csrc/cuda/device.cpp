@@ -3,9 +3,11 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "build_cuda.h"  // setup.py writes it
 #include "common/check.h"
 #include "cuda/error.h"
 
@@ -43,14 +45,33 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int hopper_index(const char* name, const torch::stable::Tensor& tensor) {
+int device_index(const char* name, const torch::stable::Tensor& tensor) {
   check(tensor.is_cuda(), name, " must be on cuda like the other tensors, got another device");
-  const int device = tensor.get_device_index();
+  return tensor.get_device_index();
+}
+
+int hopper_index(const char* name, const torch::stable::Tensor& tensor) {
+  const int device = device_index(name, tensor);
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
   check(major == 9 && minor == 0, name, " must be on a GPU of compute capability 9.0, got ", major,
         ".", minor);
   return device;
+}
+
+bool has_code(std::string_view family, int device) {
+  const std::string name = std::string(family) + ":";
+  const std::string gpu = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+                          std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
+  // "sm80:8.0,8.6;sm89:8.9"
+  std::istringstream families(TORCH_SAGE_CUDA_GPUS);
+  for (std::string entry; std::getline(families, entry, ';');) {
+    if (entry.rfind(name, 0) != 0) continue;
+    std::istringstream gpus(entry.substr(name.size()));
+    for (std::string has; std::getline(gpus, has, ',');)
+      if (has == gpu) return true;
+  }
+  return false;
 }
 
 int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }

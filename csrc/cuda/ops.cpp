@@ -5,13 +5,13 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <utility>
 
 #include "attention/request.h"
 #include "attention/sm90/params.h"
 #include "common/check.h"
 #include "cuda/device.h"
+#include "cuda/host.h"
 #include "quantize/cuda/prepared.h"
 
 namespace torch_sage::cuda {
@@ -21,8 +21,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kMaxWidth = 128;
-// Row numbers and their differences are 32-bit in the kernels.
-constexpr int64_t kMaxRows = 1 << 30;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
@@ -31,33 +29,6 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
   check(larger <= kMaxWidth, "query and value must have a head_dim of at most ", kMaxWidth,
         " in this recipe, got ", larger);
   return larger <= 64 ? 64 : 128;
-}
-
-void check_rows(const char* name, int64_t rows) {
-  check(rows <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ", rows);
-}
-
-// The same rows where vector loads of 8 elements can read them; a zero-padded copy where not.
-FloatOperand vectorized(const FloatOperand& x) {
-  const int64_t per_load = 16 / x.element_bytes;
-  const auto fits = [&](int64_t stride, int64_t size) {
-    return size <= 1 || stride % per_load == 0;
-  };
-  if (x.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
-      fits(x.stride_b, x.batch) && fits(x.stride_h, x.heads) && fits(x.stride_n, x.rows))
-    return x;
-  const int64_t columns = (x.columns + 7) / 8 * 8;
-  Tensor padded = torch::stable::new_zeros(x.tensor, {x.batch, x.heads, x.rows, columns});
-  Tensor filled = torch::stable::narrow(padded, 3, 0, x.columns);
-  torch::stable::copy_(filled, x.tensor);
-  FloatOperand copy = x;
-  copy.tensor = padded;
-  copy.data = static_cast<const std::byte*>(padded.const_data_ptr());
-  copy.columns = columns;
-  copy.stride_b = padded.stride(0);
-  copy.stride_h = padded.stride(1);
-  copy.stride_n = padded.stride(2);
-  return copy;
 }
 
 // K and V in the kernels' layout, pointing into tensors that somebody keeps.
@@ -109,18 +80,8 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
 Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request& request,
               bool exact_exponential, int* work_counter, bool follows_prepare, int device,
               cudaStream_t stream) {
-  check_rows("query", query.rows);
-  Result result{new_output(query, kv.head_dim_v, request.output_order), std::nullopt};
-  if (request.wants_lse) {
-    result.lse = new_tensor({query.batch, query.heads, query.rows}, ScalarType::Float,
-                            query.tensor.device());
-  }
-  if (query.batch == 0 || query.heads == 0 || query.rows == 0) return result;
-  if (kv.view.seqlen == 0) {
-    torch::stable::zero_(result.output);
-    if (result.lse) torch::stable::fill_(*result.lse, -std::numeric_limits<double>::infinity());
-    return result;
-  }
+  auto [result, is_done] = new_result(query, kv.view.seqlen, kv.head_dim_v, request);
+  if (is_done) return result;
   const FloatOperand q = vectorized(query);
   sm90::AttentionParams params{};
   params.batch = static_cast<int>(q.batch);
@@ -135,9 +96,7 @@ Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request&
   params.query_rows = {q.stride_b, q.stride_h, q.stride_n};
   params.kv = kv.view;
   params.is_causal = request.causal != Causal::kNone;
-  params.last_key_offset = request.causal == Causal::kNone      ? kv.view.seqlen
-                           : request.causal == Causal::kTopLeft ? 0
-                                                                : kv.view.seqlen - params.seqlen_q;
+  params.last_key_offset = last_key_offset(request.causal, q.rows, kv.view.seqlen);
   params.scale = static_cast<float>(softmax_scale(query, request));
   std::optional<Mask> mask;
   if (request.attn_mask.has_value()) {
@@ -213,8 +172,8 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
   const cudaStream_t stream = current_stream(index);
   const Device device = query.device();
   const FloatOperand q = read_float("query", query, device);
-  check(seqlen_k >= 0 && seqlen_k <= kMaxRows, "seqlen_k must be between 0 and ", kMaxRows,
-        ", got ", seqlen_k);
+  check(seqlen_k >= 0, "seqlen_k must not be negative, got ", seqlen_k);
+  check_rows("key_codes", seqlen_k);
   check(head_dim_v >= 1, "head_dim_v must be at least 1, got ", head_dim_v);
   const auto& [key_codes, key_scales, key_mean, value_codes, value_scales, value_shift] = tensors;
   check(key_codes.defined() && key_codes.dim() == 4,

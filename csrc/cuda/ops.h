@@ -1,5 +1,5 @@
-// The ops of torch_sage/ops/schemas.py on GPUs of compute capability 9.0; arguments in the order of
-// the schema.
+// The ops of torch_sage/ops/schemas.py on GPUs; arguments in the order of the schema. Those named
+// mma_ are for compute capabilities from 8.0 on, the others for 9.0 alone.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -27,6 +27,24 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          const Text& granularity, const Text& pv,
                                          const Text& smooth, const Text& exponential,
                                          const Text& output_order);
+
+Tensor mma_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                const std::optional<Tensor>& attn_mask, const Text& causal,
+                std::optional<double> scale, const Text& qk, const Text& granularity,
+                const Text& pv, const Text& smooth, const Text& exponential,
+                const Text& output_order);
+
+std::tuple<Tensor, Tensor> mma_sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                             const Tensor& value,
+                                             const std::optional<Tensor>& attn_mask,
+                                             const Text& causal, std::optional<double> scale,
+                                             const Text& qk, const Text& granularity,
+                                             const Text& pv, const Text& smooth,
+                                             const Text& exponential, const Text& output_order);
+
+// What those make of K and V before they attend; for tests.
+Prepared mma_prepare_kv(const Tensor& key, const Tensor& value, const Text& qk,
+                        const Text& granularity, const Text& pv, const Text& smooth);
 
 Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth);
 

@@ -5,9 +5,9 @@
 #include <cuda_fp16.h>
 
 #include "attention/sm90/config.cuh"
-#include "attention/sm90/mask.cuh"
+#include "attention/mask.cuh"
 #include "attention/sm90/ptx.cuh"
-#include "attention/sm90/store.cuh"
+#include "attention/store.cuh"
 #include "attention/sm90/wgmma.cuh"
 #include "attention/sm90/work.cuh"
 
@@ -494,7 +494,8 @@ class Consumer {
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
   __device__ __forceinline__ void finish_work(bool& is_live) {
     const unsigned last_stage = (count_ + steps_ - 1) % kStages;
-    const Place place(p_, works_[slot_], row_);
+    const Work& work = works_[slot_];
+    const Place place(p_, work.batch, work.head, row_);
     __syncwarp();
     if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
     const float top[2] = {max_[0], max_[1]};

@@ -162,10 +162,6 @@ __device__ __forceinline__ void quantize_key(const PrepareParams& p, const Plan&
     if (row >= place.valid_tiles * kKeys) continue;
     const bool is_token = row < place.valid_tokens;
     rows.subtract(x, i, p.dtype, mean);
-    if (p.kv.key_halves != nullptr && is_token) {
-      const int64_t at = static_cast<int64_t>(place.head) * p.kv.seqlen + place.first_token + row;
-      *reinterpret_cast<uint4*>(p.kv.key_halves + at * kWidth + column) = pack_bf16(x);
-    }
     const float inverse = is_token ? inverse_of[i / kRoundsPerTile][row % 8 / 2] : 0.f;
 #pragma unroll
     for (int c = 0; c < 8; c++) x[c] *= inverse;

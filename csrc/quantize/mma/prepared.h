@@ -41,8 +41,6 @@ struct PreparedKv {
   uint8_t* key_codes;
   float* key_scales;  // [tiles, 4], equal ones for the coarser granularities
   float* key_mean;    // [head_dim]; null: K is not smoothed
-  // K - mean in bf16, [seqlen, width]; null: Q is not smoothed, or K itself has 16 bits.
-  uint16_t* key_halves;
   // E4M3: [width, 64 * tiles], the 16 keys of a chunk in the order in which a thread holds its
   // scores: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15. Zero beyond head_dim_v and beyond seqlen.
   // 16 bits: [seqlen, width], zero beyond head_dim_v; null: the attention kernel reads V itself.
@@ -85,8 +83,8 @@ struct QueryAmaxParams {
   const void* query;                   // rows aligned to 16 bytes
   Dtype dtype;
   Rows rows;
-  bool smooth;      // subtract the mean of every 128 rows before
-  uint32_t* amax;   // [b, h]: bits of the largest magnitude, NaN above all (rule R2)
+  bool smooth;     // subtract the mean of every 128 rows before
+  uint32_t* amax;  // [b, h]: bits of the largest magnitude, NaN above all (rule R2)
 };
 
 // What granularity "tensor" needs before the attention kernel quantizes Q.

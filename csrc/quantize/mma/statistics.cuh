@@ -45,7 +45,7 @@ inline Plan make_plan(const PrepareParams& p) {
   // Enough blocks to fill any GPU; chunks so long that reading them is most of the work.
   constexpr int64_t kBlocks = 512, kLeastRows = 256, kMostChunks = 64;
   const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
-  const int64_t wanted = std::clamp<int64_t>(kBlocks / heads, 1, kMostChunks);
+  const int64_t wanted = std::clamp<int64_t>(kBlocks / std::max<int64_t>(heads, 1), 1, kMostChunks);
   const int64_t seqlen = p.kv.seqlen;
   const int64_t rows = std::max(kLeastRows, (seqlen + wanted - 1) / wanted);
   int64_t power = 1;

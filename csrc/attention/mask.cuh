@@ -6,10 +6,10 @@
 
 #include <type_traits>
 
-#include "attention/sm90/params.h"
+#include "common/params.h"
 #include "quantize/cuda/rules.cuh"
 
-namespace torch_sage::sm90 {
+namespace torch_sage {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -29,8 +29,8 @@ __device__ __forceinline__ float with_mask(float logit, Element element) {
 }
 
 // Calls `visit` with the mask's data in its type.
-template <typename Visit>
-__device__ __forceinline__ void visit_mask(const AttentionParams& p, Visit visit) {
+template <typename Params, typename Visit>
+__device__ __forceinline__ void visit_mask(const Params& p, Visit visit) {
   if (p.mask_kind == MaskKind::kBool) {
     visit(static_cast<const bool*>(p.mask));
   } else if (p.mask_kind == MaskKind::kFloat32) {
@@ -42,4 +42,4 @@ __device__ __forceinline__ void visit_mask(const AttentionParams& p, Visit visit
   }
 }
 
-}  // namespace torch_sage::sm90
+}  // namespace torch_sage

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "attention/sm90/work.cuh"
+#include "common/params.h"
 
-namespace torch_sage::sm90 {
+namespace torch_sage {
 
 // Where a thread's two rows, `row` and `row` + 8 of a head, go.
 struct Place {
@@ -13,16 +13,18 @@ struct Place {
   char* output;
   int rows;  // from `row` to the end
 
-  __device__ __forceinline__ Place(const AttentionParams& p, const Work& work, int row)
-      : row_of_lse((static_cast<int64_t>(work.batch) * p.heads_q + work.head) * p.seqlen_q + row),
+  template <typename Params>
+  __device__ __forceinline__ Place(const Params& p, int batch, int head, int row)
+      : row_of_lse((static_cast<int64_t>(batch) * p.heads_q + head) * p.seqlen_q + row),
         output(static_cast<char*>(p.output) +
-               (work.batch * p.output_rows.stride_b + work.head * p.output_rows.stride_h +
+               (batch * p.output_rows.stride_b + head * p.output_rows.stride_h +
                 row * p.output_rows.stride_n) *
                    (p.dtype == Dtype::kFloat32 ? 4 : 2)),
         rows(p.seqlen_q - row) {}
 };
 
-__device__ __forceinline__ void store_lse(const AttentionParams& p, const Place& place, int h,
+template <typename Params>
+__device__ __forceinline__ void store_lse(const Params& p, const Place& place, int h,
                                           float lse) {
   if (8 * h < place.rows) p.lse[place.row_of_lse + 8 * h] = lse;
 }
@@ -39,7 +41,8 @@ __device__ __forceinline__ uint32_t pack_halves(Dtype dtype, float low, float hi
 }
 
 // Writes x[h][k][b]: row 8 h below, column 8 (block + k) + 2 quad + b of the thread's quad.
-__device__ __forceinline__ void store_columns(const AttentionParams& p, const Place& place,
+template <typename Params>
+__device__ __forceinline__ void store_columns(const Params& p, const Place& place,
                                               int block, int quad, const float (&x)[2][4][2]) {
   if (p.dtype == Dtype::kFloat32) {
 #pragma unroll
@@ -86,4 +89,4 @@ __device__ __forceinline__ void store_columns(const AttentionParams& p, const Pl
   }
 }
 
-}  // namespace torch_sage::sm90
+}  // namespace torch_sage

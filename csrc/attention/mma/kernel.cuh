@@ -1,0 +1,481 @@
+// Attention by warp-wide products, one design for compute capabilities 8.0 to 12: a block has 128
+// query rows, quantizes them itself, and goes through the keys in tiles of 64. K of the next tile
+// is fetched while V of this one is used, and the other way round.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/mma/config.cuh"
+#include "attention/mma/correction.cuh"
+#include "attention/mma/instructions.cuh"
+#include "attention/mma/query.cuh"
+#include "attention/mma/softmax.cuh"
+#include "attention/store.cuh"
+#include "cuda/error.h"
+#include "quantize/mma/tile_mean.cuh"
+
+namespace torch_sage::mma {
+
+// Shares the 16-byte chunks of a tile among a block's threads: `copy` gets where one goes, its row
+// and its chunk.
+template <int kThreads, int kRowCount, int kRowBytes, typename Copy>
+__device__ __forceinline__ void share_chunks(uint32_t to, Copy copy) {
+  constexpr int kChunks = kRowBytes / 16, kStep = kThreads / kChunks;
+  static_assert(kStep % 8 == 0, "or a thread's places would not be at equal distances");
+  const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const uint32_t at = to + place<kRowBytes>(first, chunk);
+#pragma unroll
+  for (int row = 0; row < kRowCount; row += kStep)
+    if (kRowCount % kStep == 0 || first + row < kRowCount)
+      copy(at + row * kRowBytes, first + row, chunk);
+}
+
+// One warp's rows of a block's work.
+template <class C>
+class Warp {
+ public:
+  __device__ __forceinline__ Warp(const AttentionParams& p, uint8_t* shared)
+      : p_(p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
+    const int blocks = (p.seqlen_q + kRows - 1) / kRows;
+    const int head = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    // The longest first.
+    first_row_ = (p.last_key_offset < p.kv.seqlen ? blocks - 1 - block : block) * kRows;
+    batch_ = head / p.heads_q;
+    head_ = head % p.heads_q;
+    const int key_head = head_ / (p.heads_q / p.heads_kv);
+    key_head_ = static_cast<int64_t>(batch_) * p.heads_kv + key_head;
+    key_codes_ = p.kv.key_codes + key_head_ * p.kv.tiles() * (kKeys * C::kCodeBytes);
+    key_scales_ = p.kv.key_scales + key_head_ * p.kv.tiles() * 4 + lane_ % 4;
+    if (p.key != nullptr)
+      key_rows_ = static_cast<const char*>(p.key) +
+                  (batch_ * p.key_rows.stride_b + key_head * p.key_rows.stride_h) *
+                      (is_wide() ? 4 : 2);
+    if constexpr (C::kIsE4m3) {
+      values_ = static_cast<const uint8_t*>(p.kv.value_codes) +
+                key_head_ * C::kWidth * p.kv.tiles() * kKeys;
+    } else {
+      values_ = p.value + batch_ * p.value_rows.stride_b + key_head * p.value_rows.stride_h;
+    }
+    const int last_row = min(first_row_ + kRows, p.seqlen_q) - 1;
+    const int last_key = min(p.kv.seqlen - 1, last_row + p.last_key_offset);
+    tiles_ = last_key < 0 ? 0 : last_key / kKeys + 1;
+  }
+
+  __device__ __forceinline__ void run() {
+    softmax_.reset();
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) ones_[i][e] = 0.f;
+#pragma unroll
+      for (int j = 0; j < C::kWidth / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) output_[i][j][e] = 0.f;
+    }
+    if (tiles_ > 0) {
+      fetch_keys(0);
+      commit_copies();
+      fetch_values(0);
+      commit_copies();
+    }
+    quantize_query();
+    for (int tile = 0; tile < tiles_; tile++) {
+      const float key_scale = key_scales_[tile * 4];
+      wait_for_copies<1>();
+      __syncthreads();
+      int sums[C::kRowTiles][kKeyColumns][4];
+      multiply_keys(sums);
+      if (p_.key != nullptr) correct_keys(tile);
+      __syncthreads();
+      if (tile + 1 < tiles_) fetch_keys(tile + 1);
+      commit_copies();
+      constexpr float kCodesScale = C::kIsInt4 && !kHasInt4Products ? 1.f / 256 : 1.f;
+      const float factor = query_scale_ * key_scale * kCodesScale;
+      float scores[C::kRowTiles][kKeyColumns][4];
+#pragma unroll
+      for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+        for (int j = 0; j < kKeyColumns; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) scores[i][j][e] = __int_as_float(sums[i][j][e]);
+      const int key_end = (tile + 1) * kKeys;
+      const bool is_masked = p_.mask_kind != MaskKind::kNone || key_end > p_.kv.seqlen ||
+                             key_end - 1 > first_row_ + p_.last_key_offset;
+      const bool wants_sum = C::kIsE4m3 || p_.lse != nullptr;
+      if (p_.key == nullptr && !is_masked) {
+        softmax_.template update<false>(scores, factor, wants_sum);
+      } else {
+        make_logits<C>(scores, factor,
+                       p_.key == nullptr ? nullptr : correction_.of_keys + lane_ % 4 * 2);
+        if (is_masked)
+          hide<C>(p_, mask_of_head(), first_row_ + warp_ * C::kWarpRows + lane_ / 4,
+                  tile * kKeys + lane_ % 4 * 2, scores);
+        softmax_.template update<true>(scores, factor, wants_sum);
+      }
+      pack_probabilities(scores);
+      wait_for_copies<1>();
+      __syncthreads();
+      multiply_values();
+      __syncthreads();
+      if (tile + 1 < tiles_) fetch_values(tile + 1);
+      commit_copies();
+    }
+    write();
+  }
+
+ private:
+  static constexpr int kSteps = C::kIsE4m3 ? 2 : 4;  // of PV: 32 or 16 keys each
+
+  __device__ __forceinline__ bool is_wide() const { return p_.dtype == Dtype::kFloat32; }
+
+  __device__ __forceinline__ uint32_t at(int offset) const {
+    return shared_address(shared_) + offset;
+  }
+
+  // Of element [b, h, 0, 0], in bytes.
+  __device__ __forceinline__ const char* mask_of_head() const {
+    const int bytes = p_.mask_kind == MaskKind::kBool      ? 1
+                      : p_.mask_kind == MaskKind::kFloat32 ? 4
+                                                           : 2;
+    return static_cast<const char*>(p_.mask) +
+           (batch_ * p_.mask_stride_b + head_ * p_.mask_stride_h) * bytes;
+  }
+
+  __device__ __forceinline__ void fetch_keys(int tile) const {
+    const uint8_t* codes = key_codes_ + static_cast<int64_t>(tile) * (kKeys * C::kCodeBytes);
+    share_chunks<C::kThreads, kKeys, C::kCodeBytes>(
+        at(C::kKeyAt), [&](uint32_t to, int row, int chunk) {
+          copy_16_async(to, codes + row * C::kCodeBytes + chunk * 16, true);
+        });
+    if (p_.key != nullptr && !is_wide())
+      fetch_halves(C::kRawAt, reinterpret_cast<const uint16_t*>(key_rows_), p_.key_rows.stride_n,
+                   p_.key_columns, tile);
+  }
+
+  __device__ __forceinline__ void correct_keys(int tile) const {
+    if (is_wide()) {
+      const int64_t first = static_cast<int64_t>(tile) * kKeys * p_.key_rows.stride_n;
+      correction_.compute_wide(reinterpret_cast<const float*>(key_rows_) + first,
+                               p_.key_rows.stride_n, p_.key_columns, p_.kv.seqlen - tile * kKeys);
+    } else {
+      correction_.compute(p_.dtype == Dtype::kBFloat16);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_values(int tile) const {
+    if constexpr (C::kIsE4m3) {
+      const int64_t row_bytes = p_.kv.tiles() * kKeys;
+      const uint8_t* codes = values_ + tile * kKeys;
+      share_chunks<C::kThreads, C::kWidth, kKeys>(
+          at(C::kValueAt), [&](uint32_t to, int row, int chunk) {
+            copy_16_async(to, codes + row * row_bytes + chunk * 16, true);
+          });
+    } else {
+      fetch_halves(C::kValueAt, values_, p_.value_rows.stride_n, p_.value_columns, tile);
+    }
+  }
+
+  // Rows of 16-bit elements; zeros beyond the last key and the last column.
+  __device__ __forceinline__ void fetch_halves(int to, const uint16_t* rows, int64_t stride,
+                                               int columns, int tile) const {
+    const uint16_t* first = rows + static_cast<int64_t>(tile) * kKeys * stride;
+    const int count = p_.kv.seqlen - tile * kKeys;
+    share_chunks<C::kThreads, kKeys, 2 * C::kWidth>(
+        at(to), [&](uint32_t to, int row, int chunk) {
+          const bool is_inside = row < count && chunk * 8 < columns;
+          copy_16_async(to, is_inside ? first + row * stride + chunk * 8 : rows, is_inside);
+        });
+  }
+
+  __device__ __forceinline__ void quantize_query() {
+    const int64_t first = batch_ * p_.query_rows.stride_b + head_ * p_.query_rows.stride_h +
+                          first_row_ * p_.query_rows.stride_n;
+    const float* key_mean =
+        p_.kv.key_mean == nullptr ? nullptr : p_.kv.key_mean + key_head_ * p_.key_mean_columns;
+    QueryRows rows{};
+    rows.first = static_cast<const char*>(p_.query) + first * (is_wide() ? 4 : 2);
+    rows.valid = min(kRows, p_.seqlen_q - first_row_);
+    rows.shift = p_.lse == nullptr ? nullptr : key_mean;
+    rows.amax = p_.granularity == Granularity::kTensor
+                    ? p_.query_amax[static_cast<int64_t>(batch_) * p_.heads_q + head_]
+                    : 0;
+    rows.codes = shared_ + C::kQueryAt;
+    rows.shifts = reinterpret_cast<float*>(shared_ + C::kShiftAt);
+    rows.amax_of_warps = reinterpret_cast<uint32_t*>(shared_ + C::kAmaxAt);
+    const float kappa = fabsf(p_.scale) * kLog2E;
+    if (p_.key != nullptr) {
+      float* mean = reinterpret_cast<float*>(shared_ + C::kMeanAt);
+      // The codes of Q are not there yet.
+      tile_mean<C::kWidth, C::kThreads>(rows.first, p_.dtype, p_.query_rows.stride_n, rows.valid,
+                                        p_.head_dim, mean,
+                                        reinterpret_cast<float*>(shared_ + C::kQueryAt));
+      rows.mean = mean;
+      correction_.raw = shared_ + C::kRawAt;
+      correction_.parts = reinterpret_cast<uint16_t*>(shared_ + C::kPartsAt);
+      correction_.of_keys = reinterpret_cast<float*>(shared_ + C::kCorrectionAt);
+      correction_.mean = mean;
+      correction_.factor = p_.scale * kLog2E;
+      correction_.set_mean(p_, key_mean);
+    }
+    query_scale_ = kappa * (is_wide() ? quantize_query_rows<C, true>(p_, rows)
+                                    : quantize_query_rows<C, false>(p_, rows));
+  }
+
+  // Integer scores of the tile, seeded.
+  __device__ __forceinline__ void multiply_keys(int (&sums)[C::kRowTiles][kKeyColumns][4]) const {
+    constexpr int kSeeds[4] = {kSeed, kSeed, kSeed, kSeed};
+#pragma unroll
+    for (int step = 0; step < C::kCodeBytes / 32; step++) {
+      uint32_t a[C::kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < C::kRowTiles; i++)
+        load_matrices(a[i], at(C::kQueryAt) + place<C::kCodeBytes>(
+                                                  warp_ * C::kWarpRows + 16 * i + lane_ % 16,
+                                                  2 * step + lane_ / 16));
+#pragma unroll
+      for (int j = 0; j < kKeyColumns; j += 2) {
+        uint32_t b[4];
+        load_matrices(b, at(C::kKeyAt) + place<C::kCodeBytes>(8 * j + lane_ / 16 * 8 + lane_ % 8,
+                                                              2 * step + lane_ / 8 % 2));
+#pragma unroll
+        for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            if (step == 0) {
+              multiply_codes(sums[i][j + half], a[i], b[2 * half], b[2 * half + 1], kSeeds);
+            } else {
+              auto& d = sums[i][j + half];
+              multiply_codes(d, a[i], b[2 * half], b[2 * half + 1], d);
+            }
+          }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void multiply_codes(int (&d)[4], const uint32_t (&a)[4],
+                                                        uint32_t b0, uint32_t b1,
+                                                        const int (&c)[4]) {
+    if constexpr (!C::kIsInt4) {
+      mma_int8(d, a, b0, b1, c);
+    } else if constexpr (kHasInt4Products) {
+      mma_int4(d, a, b0, b1, c);
+    } else {
+      // Nibbles as bytes, 16 times as large: first the lower, then the upper ones.
+      const auto widen = [](uint32_t word, int shift) { return word << shift & 0xf0f0f0f0u; };
+      const uint32_t low[4] = {widen(a[0], 4), widen(a[1], 4), widen(a[2], 4), widen(a[3], 4)};
+      const uint32_t high[4] = {widen(a[0], 0), widen(a[1], 0), widen(a[2], 0), widen(a[3], 0)};
+      mma_int8(d, low, widen(b0, 4), widen(b1, 4), c);
+      mma_int8(d, high, widen(b0, 0), widen(b1, 0), d);
+    }
+  }
+
+  // As left operands of PV. Of E4M3, bytes of a register are keys 0 1 8 9 of 16: so V lies, too.
+  __device__ __forceinline__ void pack_probabilities(
+      const float (&x)[C::kRowTiles][kKeyColumns][4]) {
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+      for (int step = 0; step < kSteps; step++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const int h = r % 2 * 2;
+          if constexpr (C::kIsE4m3) {
+            const int j = 4 * step + r / 2 * 2;
+            probabilities_[i][step][r] =
+                pack_e4m3(x[i][j][h], x[i][j][h + 1], x[i][j + 1][h], x[i][j + 1][h + 1]);
+          } else {
+            const int j = 2 * step + r / 2;
+            probabilities_[i][step][r] = C::kPv == Pv::kBf16
+                                             ? pack_bf16(x[i][j][h], x[i][j][h + 1])
+                                             : pack_fp16(x[i][j][h], x[i][j][h + 1]);
+          }
+        }
+  }
+
+  __device__ __forceinline__ void multiply_values() {
+    if constexpr (!C::kIsE4m3) sum_rounded();
+    if constexpr (!C::kFlushes) rescale();
+    if constexpr (C::kIsE4m3) {
+#pragma unroll
+      for (int j = 0; j < C::kWidth / 8; j++) {
+        uint32_t b[4];
+        load_matrices(b, at(C::kValueAt) + place<kKeys>(8 * j + lane_ % 8, lane_ / 8));
+#pragma unroll
+        for (int i = 0; i < C::kRowTiles; i++) {
+          if constexpr (C::kHasFp16Accumulator) {
+            uint32_t sums[2] = {0, 0};
+            mma_e4m3_fp16(sums, probabilities_[i][0], b[0], b[1], sums);
+            mma_e4m3_fp16(sums, probabilities_[i][1], b[2], b[3], sums);
+            flush(i, j, sums);
+          } else {
+            float sums[4] = {0.f, 0.f, 0.f, 0.f};
+            mma_e4m3(sums, probabilities_[i][0], b[0], b[1], sums);
+            mma_e4m3(sums, probabilities_[i][1], b[2], b[3], sums);
+            flush(i, j, sums);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < C::kWidth / 8; j += 2) {
+        uint32_t sums[C::kRowTiles][2][2] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          uint32_t b[4];
+          load_transposed(b, at(C::kValueAt) + place<2 * C::kWidth>(16 * step + lane_ % 16,
+                                                                    j + lane_ / 16));
+#pragma unroll
+          for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              const auto& a = probabilities_[i][step];
+              if constexpr (C::kHasFp16Accumulator) {
+                mma_fp16_fp16(sums[i][half], a, b[2 * half], b[2 * half + 1], sums[i][half]);
+              } else {
+                multiply_halves(output_[i][j + half], a, b[2 * half], b[2 * half + 1]);
+              }
+            }
+        }
+        if constexpr (C::kHasFp16Accumulator) {
+#pragma unroll
+          for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) flush(i, j + half, sums[i][half]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void multiply_halves(float (&sums)[4], const uint32_t (&a)[4],
+                                                         uint32_t b0, uint32_t b1) {
+    if constexpr (C::kPv == Pv::kBf16) {
+      mma_bf16(sums, a, b0, b1, sums);
+    } else {
+      mma_fp16(sums, a, b0, b1, sums);
+    }
+  }
+
+  // Row sums of the probabilities as they were rounded: a product with ones.
+  __device__ __forceinline__ void sum_rounded() {
+    constexpr uint32_t kOnes = C::kPv == Pv::kBf16 ? 0x3F803F80u : 0x3C003C00u;
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) ones_[i][e] *= softmax_.decay[i][e / 2];
+#pragma unroll
+      for (int step = 0; step < kSteps; step++)
+        multiply_halves(ones_[i], probabilities_[i][step], kOnes, kOnes);
+    }
+  }
+
+  __device__ __forceinline__ void rescale() {
+    bool is_same = true;
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles; i++)
+      is_same = is_same && softmax_.decay[i][0] == 1.f && softmax_.decay[i][1] == 1.f;
+    if (__all_sync(~0u, is_same)) return;
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+      for (int j = 0; j < C::kWidth / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) output_[i][j][e] *= softmax_.decay[i][e / 2];
+  }
+
+  __device__ __forceinline__ void flush(int i, int j, const float (&sums)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      output_[i][j][e] = fmaf(output_[i][j][e], softmax_.decay[i][e / 2], sums[e]);
+  }
+  __device__ __forceinline__ void flush(int i, int j, const uint32_t (&sums)[2]) {
+    const float2 upper = __half22float2(reinterpret_cast<const __half2&>(sums[0]));
+    const float2 lower = __half22float2(reinterpret_cast<const __half2&>(sums[1]));
+    const float wide[4] = {upper.x, upper.y, lower.x, lower.y};
+    flush(i, j, wide);
+  }
+
+  __device__ __forceinline__ void write() const {
+    const float* scales =
+        p_.kv.value_scales == nullptr ? nullptr : p_.kv.value_scales + key_head_ * C::kWidth;
+    const float* mean =
+        p_.kv.value_mean == nullptr ? nullptr : p_.kv.value_mean + key_head_ * C::kWidth;
+    const float* shifts = reinterpret_cast<const float*>(shared_ + C::kShiftAt);
+    const int quad = lane_ % 4;
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles; i++) {
+      const int row = warp_ * C::kWarpRows + 16 * i + lane_ / 4;
+      const Place place(p_, batch_, head_, first_row_ + row);
+      float inverse[2];
+      bool attends[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float sum = softmax_.sum[i][h];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float divisor = C::kIsE4m3 ? sum : ones_[i][2 * h];
+        attends[h] = divisor != 0.f;
+        inverse[h] = 1.f / divisor;
+        if (p_.lse != nullptr && quad == 0) {
+          const float shift = p_.kv.key_mean == nullptr ? 0.f : shifts[row + 8 * h];
+          store_lse(p_, place, h,
+                    attends[h] ? (softmax_.top[i][h] + log2f(sum)) / kLog2E + shift : -INFINITY);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < C::kWidth / 8; j += 4) {
+        if (8 * j >= p_.head_dim_v) break;
+        float x[2][4][2];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+          for (int b = 0; b < 2; b++) {
+            const int column = 8 * (j + k) + 2 * quad + b;
+            const float scale = scales == nullptr ? 1.f : scales[column];
+            const float rest = mean == nullptr ? 0.f : mean[column];
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              x[h][k][b] =
+                  attends[h] ? fmaf(output_[i][j + k][2 * h + b] * inverse[h], scale, rest) : 0.f;
+          }
+        store_columns(p_, place, j, quad, x);
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  uint8_t* shared_;
+  const int lane_, warp_;
+  int first_row_, batch_, head_, tiles_;
+  int64_t key_head_;
+  const uint8_t* key_codes_;
+  const float* key_scales_;   // of the lane's keys in tile 0
+  const char* key_rows_;      // of K itself
+  const std::conditional_t<C::kIsE4m3, uint8_t, uint16_t>* values_;
+  float query_scale_;
+  Correction<C> correction_;
+  Softmax<C> softmax_;
+  uint32_t probabilities_[C::kRowTiles][kSteps][4];
+  float ones_[C::kRowTiles][4];  // unused by E4M3, whose sum is that of the unrounded ones
+  float output_[C::kRowTiles][C::kWidth / 8][4];
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
+    attention_kernel(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  Warp<C>(p, shared).run();
+}
+
+template <class C>
+void launch_kernel(const AttentionParams& params, cudaStream_t stream) {
+  const int bytes = params.key == nullptr ? C::kPlainBytes : C::kSmoothBytes;
+  check_cuda(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  bytes),
+             "cudaFuncSetAttribute");
+  const int64_t blocks = (static_cast<int64_t>(params.seqlen_q) + kRows - 1) / kRows *
+                         params.heads_q * params.batch;
+  attention_kernel<C><<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(params);
+  check_cuda(cudaGetLastError(), "launch of attention");
+}
+
+}  // namespace torch_sage::mma

@@ -1,0 +1,10 @@
+#include "attention/mma/launch.h"
+#include "attention/mma/select.cuh"
+
+namespace torch_sage::mma {
+
+void launch_e4m3_128(const AttentionParams& params, cudaStream_t stream) {
+  select_e4m3<128>(params, stream);
+}
+
+}  // namespace torch_sage::mma

@@ -1,0 +1,28 @@
+// What the hosts of all CUDA kernels do before and after a launch.
+#pragma once
+
+#include "attention/request.h"
+
+namespace torch_sage::cuda {
+
+using torch::stable::Tensor;
+
+// Throws std::invalid_argument if `rows` of argument `name` are more than a kernel can number.
+void check_rows(const char* name, int64_t rows);
+
+// The same rows where vector loads of 8 elements can read them; a zero-padded copy where not.
+FloatOperand vectorized(const FloatOperand& x);
+
+// Output and, if wanted, LSE, for rows that `seqlen_k` keys are for; `is_done` where no kernel has
+// to fill them.
+struct NewResult {
+  Result result;
+  bool is_done;
+};
+NewResult new_result(const FloatOperand& query, int64_t seqlen_k, int64_t head_dim_v,
+                     const Request& request);
+
+// Last key that row 0 sees, as the kernels' parameter.
+int last_key_offset(Causal causal, int64_t seqlen_q, int64_t seqlen_k);
+
+}  // namespace torch_sage::cuda
