@@ -1,4 +1,4 @@
-"""Calls of every instantiation of Hopper's kernels, small, for NVIDIA's compute-sanitizer:
+"""Calls of every instantiation of the CUDA kernels, small, for NVIDIA's compute-sanitizer:
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
 with racecheck, initcheck and synccheck. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.gpu.mma import MEMBERS
 from tests.gpu.shared import OPS
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 
 # Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
 # of V and two, and what needs padded copies.
 SHAPES = ((1, 1, 64, 64), (200, 300, 64, 64), (70, 1100, 128, 128), (130, 129, 40, 33))
+WIDE = (130, 129, 256, 200)
 CAUSAL = ("none", "top_left", "bottom_right")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +44,22 @@ def call(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> N
             use(*OPS.sdpa_with_lse(q, k, v, mask, **RECIPE, smooth=""))
 
 
+def call_mma(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+    """Run each member of the mma.sync family; operands are read where they lie, and copied."""
+    n, m, d, dv = shape
+    q = torch.randn(1, 4, n, d, device="cuda").to(dtype)
+    k, v = (torch.randn(1, 2, m, channels, device="cuda").to(dtype) for channels in (d, dv))
+    for member in MEMBERS:
+        for granularity, smooth in (("thread", "k"), ("tensor", "qkv"), ("block", "")):
+            recipe = member.recipe(granularity, smooth)
+            use(OPS.sdpa(q, k, v, None, causal, **recipe))
+            use(*OPS.sdpa_with_lse(q, k, v, None, causal, **recipe))
+        if causal == "none":
+            visible = torch.rand(n, m, device="cuda") > 0.5
+            for mask in (visible, visible.to(dtype)):
+                use(OPS.sdpa(q, k, v, mask, **member.recipe()))
+
+
 def use(*results: Tensor) -> None:
     """Read every element, so that initcheck sees those that nobody wrote."""
     for result in results:
@@ -53,6 +71,8 @@ def main() -> None:
     """Run the list; more heads than multiprocessors let a block take a second piece of work."""
     for shape, dtype, causal in itertools.product(SHAPES, DTYPES, CAUSAL):
         call(shape, dtype, causal)
+    for shape, dtype, causal in itertools.product((*SHAPES, WIDE), DTYPES, CAUSAL):
+        call_mma(shape, dtype, causal)
     many = torch.randn(2, 80, 130, 64, device="cuda").bfloat16()
     for causal in CAUSAL:
         use(OPS.sdpa(many, many, many, None, causal, **RECIPE, smooth="kv", exponential="mixed"))

@@ -1,0 +1,67 @@
+"""The family of mma.sync kernels: its members, their oracle, and what their results must be."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tests.cases import AttentionCase, Inputs
+from tests.gpu.shared import OPS, Recipe
+from tests.numerics import Expected, assert_within_budget, expect, same_bits
+from torch_sage.recipes import SUPPORT
+
+SM89 = SUPPORT["cuda.sm89"]  # all that the kernels do
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp16_fp16": torch.float16}
+
+
+class Member(NamedTuple):
+    """One of the family: the formats of Q and K, and of P and V with their accumulator."""
+
+    qk: str
+    pv: str
+
+    def __str__(self) -> str:
+        """Return the name of a test's parameter."""
+        return f"{self.qk}-{self.pv}"
+
+    def recipe(self, granularity: str = "thread", smooth: str = "k") -> Recipe:
+        """Return the arguments of ``sdpa`` that choose the member."""
+        return {"qk": self.qk, "granularity": granularity, "pv": self.pv, "smooth": smooth}
+
+
+MEMBERS = [Member(qk, pv) for qk in SM89.qk for pv in SM89.pv]
+
+
+def expected(inputs: Inputs, recipe: Recipe) -> Expected:
+    """Return the references, on the GPU, with the means that the kernels take.
+
+    Rows of a warp are fewer where it has more channels; fp32 keys meet the mean of Q in bf16.
+    """
+    means: dict[str, Any] = {}
+    _, _, key_mean, _, _, value_mean = OPS.mma_prepare_kv(inputs.key, inputs.value, **recipe)
+    if "k" in recipe["smooth"]:
+        means["key_mean"] = key_mean
+    if "v" in recipe["smooth"]:
+        means["value_mean"] = value_mean[..., : inputs.value.shape[3]].contiguous()
+    widest = max(inputs.query.shape[3], inputs.value.shape[3])
+    is_wide = inputs.key.dtype == torch.float32
+    return expect(
+        *inputs,
+        **recipe,
+        **means,
+        warp=32 if widest <= 128 else 16,
+        correction_dtype=torch.bfloat16 if is_wide else torch.float32,
+    )
+
+
+def assert_right(inputs: Inputs, recipe: Recipe) -> None:
+    """Require ``sdpa`` and ``sdpa_with_lse`` to be what the recipe specifies."""
+    output, lse = OPS.sdpa_with_lse(*inputs, **recipe)
+    assert_within_budget(output, expected(inputs, recipe), lse=lse)
+    assert same_bits(OPS.sdpa(*inputs, **recipe), output)
+
+
+def overflows(member: Member, case: AttentionCase) -> bool:
+    """Return whether V is too large for 16-bit sums, which only FP8 scales away."""
+    return member.pv == "fp16_fp16" and case.data == "largest_half"
