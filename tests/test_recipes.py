@@ -120,28 +120,30 @@ def test_name_and_op_arguments() -> None:
     assert Recipe.of_op(mixed.op_kwargs()) == mixed
 
 
-LEFT_TO_MMA: list[dict[str, Any]] = [
-    {"pv": "half"},
-    {"pv": "e4m3"},
-    {"qk": "int4"},
-    {"smooth_q": True},
-    {"granularity": "tensor"},
+LEFT_TO_MMA: list[tuple[str, dict[str, Any]]] = [
+    ("cuda.sm80", {"pv": "half"}),
+    ("cuda.sm80", {"qk": "int4"}),
+    ("cuda.sm80", {"smooth_q": True}),
+    ("cuda.sm80", {"granularity": "tensor"}),
+    ("cuda.sm89", {"pv": "e4m3"}),
+    ("cuda.sm89", {"pv": "e4m3_fp16", "granularity": "thread"}),
 ]
 
 
 def test_hopper_prefers_its_own_row(hopper: None) -> None:
-    own, mma, triton = (SUPPORT[row] for row in ("cuda.sm90", "cuda.sm89", "cuda"))
-    assert devices.rows_of(CUDA) == ("cuda.sm90", "cuda.sm89", "cuda")
+    own, triton = (SUPPORT[row] for row in ("cuda.sm90", "cuda"))
+    assert devices.rows_of(CUDA) == ("cuda.sm90", "cuda.sm80", "cuda.sm89", "cuda")
     assert resolve(SageConfig(), CUDA, BF16, 64) == own.default
     for dtype in FLOAT_DTYPES:
         assert resolve(SageConfig(pv="e4m3_fp16", smooth_v=False), CUDA, dtype, 64).smooth == "k"
     exact = resolve(SageConfig(exponential="exact"), CUDA, BF16, 64)
     assert own.allows(exact) and exact.name == "int8.token_thread/e4m3_fp16/smooth-kv"
-    for fields in LEFT_TO_MMA:
-        recipe = resolve(SageConfig(**fields), CUDA, BF16, 64)
-        assert mma.allows(recipe) and not own.allows(recipe), fields
+    for row, fields in LEFT_TO_MMA:
+        config = SageConfig(**fields)
+        assert choose_row(config, devices.rows_of(CUDA), BF16, 64) == row, fields
+        assert SUPPORT[row].allows(resolve(config, CUDA, BF16, 64)), fields
     token = resolve(SageConfig(granularity="token"), CUDA, BF16, 64)
-    assert triton.allows(token) and not mma.allows(token)
+    assert token == triton.default
     assert resolve(SageConfig(pv="half"), CUDA, torch.float16, 64).pv == "fp16"
     assert resolve(PRESETS["sage1"], CUDA, BF16, 64) == Recipe("int8", "block", "bf16", "k")
     assert resolve(SageConfig(), CPU, BF16, 64) == SUPPORT["cpu"].default
@@ -151,7 +153,7 @@ def test_wide_heads_take_the_row_that_has_room(hopper: None) -> None:
     limit = SUPPORT["cuda.sm90"].max_head_dim
     assert resolve(SageConfig(), CUDA, BF16, limit) == SUPPORT["cuda.sm90"].default
     if limit < MAX_HEAD_DIM:
-        assert resolve(SageConfig(), CUDA, BF16, limit + 1) == SUPPORT["cuda.sm89"].default
+        assert resolve(SageConfig(), CUDA, BF16, limit + 1) == SUPPORT["cuda.sm80"].default
     assert max(support.max_head_dim for support in SUPPORT.values()) == MAX_HEAD_DIM
 
 
@@ -166,7 +168,8 @@ def test_four_bits_smooth_queries_unless_told_not_to(hopper: None) -> None:
     def smooth(**fields: Any) -> str:
         return resolve(SageConfig(qk="int4", **fields), CUDA, BF16, 64).smooth
 
-    assert smooth() == "qkv" and smooth(smooth_q=False) == "kv" and smooth(smooth_k=False) == "qv"
+    assert smooth() == "qk" and smooth(smooth_q=False) == "k" and smooth(smooth_k=False) == "q"
+    assert smooth(pv="e4m3") == "qkv"
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,15 @@ def rows_of(device: torch.device) -> tuple[str, ...]:
     """Return the rows of the recipe table that ``device`` runs, the preferred one first."""
     if device.type != "cuda":
         return (device.type,)
-    rows = ["cuda.sm90"] if has_kernels("sm90", device.index) else []
-    if has_kernels("sm89", device.index):  # those GPUs run the kernels of sm80, too
-        rows.append("cuda.sm120" if generation(device.index) == SM120 else "cuda.sm89")
-    elif has_kernels("sm80", device.index):
+    is_hopper = has_kernels("sm90", device.index)
+    has_fp8 = has_kernels("sm89", device.index)
+    rows = ["cuda.sm90"] if is_hopper else []
+    # A row with FP8 has the 16-bit formats, too, but prefers FP8, which Hopper emulates in
+    # mma.sync: what its own row lacks, such as wide heads, has 16 bits there.
+    if has_kernels("sm80", device.index) and (is_hopper or not has_fp8):
         rows.append("cuda.sm80")
+    if has_fp8:
+        rows.append("cuda.sm120" if generation(device.index) == SM120 else "cuda.sm89")
     return (*rows, "cuda")
 
 
