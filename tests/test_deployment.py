@@ -16,19 +16,11 @@ from torch import Tensor, nn
 
 import torch_sage
 from tests.csrc.isas import ROOT, run_python
+from tests.without_package import run_without_package
 from torch_sage import SageConfig, _extension
 
 ALWAYS = SageConfig(dispatch="always")
 OPS = torch_sage.ops.__all__
-
-
-def run_without_package(code: str, *arguments: object, **environment: str):
-    """Run ``code`` after loading the standalone library; torch_sage cannot be imported."""
-    head = (
-        "import sys, torch; torch.ops.load_library(sys.argv[1]); sys.modules['torch_sage'] = None"
-    )
-    names = [str(torch_sage.library_path()), *map(str, arguments)]
-    return run_python("-c", f"{head}\n{code}", *names, package_root=Path("/"), **environment)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,93 @@
+"""AOTInductor packages on a GPU: compiled, loaded and run, each in a process of its own.
+
+A process that dies or hangs takes no other test with it, and shows what it said. The package of the
+same model with torch's own attention tells whether torch's part works on this machine.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.csrc.isas import run_python
+from tests.numerics import relative_l1
+from tests.without_package import run_without_package
+
+# Load a package and run it on two batch sizes, each twice.
+RUN = """
+torch.backends.cudnn.allow_tf32 = False
+run = torch._inductor.aoti_load_package(sys.argv[-2])
+inputs = torch.load(sys.argv[-1])["inputs"]
+with torch.no_grad():
+    outputs = [run(x) for x in inputs]
+    assert all(torch.equal(run(x), y) for x, y in zip(inputs, outputs)), "bits must repeat"
+torch.save(outputs, sys.argv[-1] + ".outputs")
+"""
+PROCESSES = {
+    "with torch_sage": lambda *files: run_python(
+        "-c", f"import sys, torch, torch_sage\n{RUN}", *map(str, files), PYTHONFAULTHANDLER="1"
+    ),
+    "with the library alone": lambda *files: run_without_package(
+        RUN, *files, PYTHONFAULTHANDLER="1"
+    ),
+    "with torch alone": lambda *files: run_python(
+        "-c",
+        f"import sys, torch; sys.modules['torch_sage'] = None\n{RUN}",
+        *map(str, files),
+        PYTHONFAULTHANDLER="1",
+    ),
+}
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> None:
+    told = done.stdout[-4000:] + done.stderr[-8000:]
+    assert done.returncode == 0, f"exit status {done.returncode}\n{told}"
+
+
+def make_package(folder: Path, *options: str) -> Path:
+    cache = str(folder / "inductor")
+    succeed(
+        run_python(
+            "-m", "tests.gpu.aoti", str(folder), *options,
+            TORCHINDUCTOR_CACHE_DIR=cache, PYTHONFAULTHANDLER="1",
+        )
+    )  # fmt: skip
+    return folder
+
+
+def run_package(folder: Path, process: str) -> list[Tensor]:
+    tensors = folder / "tensors.pt"
+    succeed(PROCESSES[process](folder / "package.pt2", tensors))
+    outputs: list[Tensor] = torch.load(f"{tensors}.outputs")
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a package whose attention is quantized."""
+    return make_package(tmp_path_factory.mktemp("package"))
+
+
+def test_torch_itself_runs_a_package_here(tmp_path: Path) -> None:
+    """If this fails, so must the others, whatever our kernels do."""
+    folder = make_package(tmp_path, "--exact")
+    exact = torch.load(folder / "tensors.pt")["exact"]
+    for output, expected in zip(run_package(folder, "with torch alone"), exact, strict=True):
+        assert relative_l1(output, expected) < 1e-4
+
+
+@pytest.mark.parametrize("process", ["with torch_sage", "with the library alone"])
+def test_package_computes_what_the_model_does(package: Path, process: str) -> None:
+    """The error of quantization is that of the eager model; the two processes agree to the bit."""
+    tensors = torch.load(package / "tensors.pt")
+    outputs = run_package(package, process)
+    for i, output in enumerate(outputs):
+        exact, quantized = tensors["exact"][i], tensors["quantized"][i]
+        error, eager = relative_l1(output, exact), relative_l1(quantized, exact)
+        assert eager / 1.1 < error < 1.1 * eager
+    here = run_package(package, "with torch_sage")
+    assert all(torch.equal(a, b) for a, b in zip(outputs, here, strict=True))
