@@ -7,6 +7,7 @@ same model with torch's own attention tells whether torch's part works on this m
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,25 +44,25 @@ PROCESSES = {
 }
 
 
-def succeed(done: subprocess.CompletedProcess[str]) -> None:
+def succeed(process: Callable[[], subprocess.CompletedProcess[str]]) -> None:
+    try:
+        done = process()
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"{late}\n{late.stdout}\n{late.stderr}")
     told = done.stdout[-4000:] + done.stderr[-8000:]
     assert done.returncode == 0, f"exit status {done.returncode}\n{told}"
 
 
 def make_package(folder: Path, *options: str) -> Path:
+    arguments = ("-m", "tests.gpu.aoti", str(folder), *options)
     cache = str(folder / "inductor")
-    succeed(
-        run_python(
-            "-m", "tests.gpu.aoti", str(folder), *options,
-            TORCHINDUCTOR_CACHE_DIR=cache, PYTHONFAULTHANDLER="1",
-        )
-    )  # fmt: skip
+    succeed(lambda: run_python(*arguments, TORCHINDUCTOR_CACHE_DIR=cache, PYTHONFAULTHANDLER="1"))
     return folder
 
 
 def run_package(folder: Path, process: str) -> list[Tensor]:
     tensors = folder / "tensors.pt"
-    succeed(PROCESSES[process](folder / "package.pt2", tensors))
+    succeed(lambda: PROCESSES[process](folder / "package.pt2", tensors))
     outputs: list[Tensor] = torch.load(f"{tensors}.outputs")
     return outputs
 
