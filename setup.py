@@ -57,10 +57,10 @@ ISA_FLAGS = {
 }
 # What the CUDA sources of a folder are compiled for: machine code, and PTX for GPUs that have none,
 # which compile it when they first load it. Code runs on GPUs of its major number from its minor one
-# on (sm_80's on 8.6), but sm_90a's and sm_120a's on their own alone. Hopper has all, so that the
-# kernels of the others are tested there.
+# on (sm_80's quantizers on 8.6), but sm_90a's and sm_120a's on their own alone. Hopper has code of
+# all, so that they are tested there.
 CUDA_CODES = {
-    "attention/sm80": ("sm_80", "sm_90", "sm_120a", "compute_80"),
+    "attention/sm80": ("sm_80", "sm_86", "sm_90", "sm_120a", "compute_80"),
     "attention/sm89": ("sm_89", "sm_90", "sm_120a", "compute_89"),
     "attention/sm90": ("sm_90a",),
     "quantize/mma": ("sm_80", "sm_89", "sm_90", "sm_120a", "compute_80"),

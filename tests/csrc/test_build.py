@@ -151,17 +151,18 @@ def test_with_nvcc_the_cuda_sources_are_built_and_ptxas_is_quoted(cuda_tree, too
     [
         (
             "",
-            ["sm_80", "sm_90", "sm_120a", "compute_80"],
+            ["sm_80", "sm_86", "sm_90", "sm_120a", "compute_80"],
             ["sm_89", "sm_90", "sm_120a", "compute_89"],
             ["sm_90a"],
             "sm80:8.0,8.6,8.7,8.9,9.0,12.0,12.1;sm89:8.9,9.0,12.0,12.1;sm90:9.0",
         ),
-        ("8.6", ["sm_80"], [], [], "sm80:8.0,8.6,8.7,8.9"),
-        ("8.9 10.0", ["sm_80"], ["sm_89"], [], "sm80:8.9;sm89:8.9"),
+        ("8.0", ["sm_80"], [], [], "sm80:8.0,8.6,8.7,8.9"),
+        ("8.7", ["sm_86"], [], [], "sm80:8.6,8.7,8.9"),
+        ("8.9 10.0", ["sm_86"], ["sm_89"], [], "sm80:8.9;sm89:8.9"),
         ("9.0", ["sm_90"], ["sm_90"], ["sm_90a"], "sm80:9.0;sm89:9.0;sm90:9.0"),
         (
             "8.9;12.0a+PTX",
-            ["sm_80", "sm_120a", "compute_80"],
+            ["sm_86", "sm_120a", "compute_80"],
             ["sm_89", "sm_120a", "compute_89"],
             [],
             "sm80:8.0,8.6,8.7,8.9,9.0,12.0,12.1;sm89:8.9,9.0,12.0,12.1",
@@ -188,7 +189,12 @@ def test_an_older_nvcc_leaves_out_what_it_cannot_compile(cuda_tree, toolkit):
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(nvcc.read_text().replace("13.7", "12.6"))
     graph, _ = build_graph(cuda_tree, CUDA_HOME=str(toolkit))
-    assert codes_of(graph, "attention/sm80/kernel.cu") == ["sm_80", "sm_90", "compute_80"]
+    assert codes_of(graph, "attention/sm80/kernel.cu") == [
+        "sm_80",
+        "sm_86",
+        "sm_90",
+        "compute_80",
+    ]
     assert codes_of(graph, "attention/sm89/kernel.cu") == []
     assert codes_of(graph, "attention/sm90/kernel.cu") == ["sm_90a"]
     assert 'TORCH_SAGE_CUDA "sm80,sm90"\n' in header_of(cuda_tree)

@@ -5,23 +5,32 @@ No GPU is needed: the build keeps what ptxas reports beside each object file.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import shutil
-import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.csrc import sass
 from tests.csrc.isas import ROOT
 from torch_sage import _extension
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
-CSRC, BUILT = ROOT / "csrc", ROOT / "build" / "native" / "csrc"
+CSRC = ROOT / "csrc"
 SOURCES = sorted(path.relative_to(CSRC) for path in CSRC.rglob("*.cu"))
 ATTENTION = [path for path in SOURCES if "attention" in path.parts]
+HOPPER = [path for path in ATTENTION if "sm90" in path.parts]
+MMA = [path for path in ATTENTION if path not in HOPPER]
+# What setup.py compiles a folder for where TORCH_CUDA_ARCH_LIST does not restrict it.
+CODES = {
+    "attention/sm80": {"sm_80", "sm_86", "sm_90", "sm_120a", "compute_80"},
+    "attention/sm89": {"sm_89", "sm_90", "sm_120a", "compute_89"},
+    "attention/sm90": {"sm_90a"},
+    "quantize/mma": {"sm_80", "sm_89", "sm_90", "sm_120a", "compute_80"},
+    "quantize/cuda": {"sm_90a"},
+}
 # What ptxas may say of a kernel beyond its size. C7517: it adds a wait in front of a wgmma whose
 # registers it has to copy (docs/kernels/hopper.md); the others say that all wgmma wait in turn or
 # that setmaxnreg is ignored.
@@ -31,7 +40,11 @@ INSTRUCTIONS = {"IGMMA", "QGMMA", "UBLKCP"}
 
 
 def report(source: Path) -> str:
-    return (BUILT / f"{source}.o.ptxas").read_text()
+    return (sass.BUILT / f"{source}.o.ptxas").read_text()
+
+
+def built(source: Path) -> Path:
+    return sass.BUILT / f"{source}.o"
 
 
 def wrong(text: str) -> list[str]:
@@ -47,39 +60,6 @@ def wrong(text: str) -> list[str]:
 def spills(text: str) -> bool:
     """Return whether a report has a spilled register."""
     return re.search(r"\b[1-9]\d* bytes spill", text) is not None
-
-
-def disassembly(source: Path) -> list[tuple[int, str]]:
-    """Return address and text of every instruction of an object file, predicates left out."""
-    triton = importlib.util.find_spec("triton")
-    assert triton is not None and triton.origin is not None, "triton's wheel has the disassembler"
-    tools = Path(triton.origin).with_name("backends") / "nvidia" / "bin"
-    done = subprocess.run(
-        [tools / "cuobjdump", "-sass", BUILT / f"{source}.o"],
-        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(.*?);"
-    return [(int(at, 16), text) for at, text in re.findall(line, done.stdout, re.M)]
-
-
-def opcodes(code: list[tuple[int, str]]) -> list[str]:
-    """Return the opcodes, without their modifiers."""
-    return [re.split(r"[. ]", text)[0] for _, text in code]
-
-
-def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Return the opcodes of the shortest loop that multiplies both by K and by V."""
-    index = {at: i for i, (at, _) in enumerate(code)}
-    loops = []
-    for i, (at, text) in enumerate(code):
-        target = re.match(r"BRA.*?(0x[0-9a-f]+)", text)
-        start = int(target[1], 16) if target else at
-        if start < at and start in index:
-            loops.append(opcodes(code[index[start] : i + 1]))
-    return min((loop for loop in loops if {"IGMMA", "QGMMA"} <= set(loop)), key=len)
 
 
 def test_the_library_has_cuda_kernels_and_no_path_of_this_machine():
@@ -103,16 +83,63 @@ def test_quantizers_spill_nothing(source):
     assert "0 bytes spill stores" in report(source) and not spills(report(source))
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_objects_have_the_code_of_every_gpu(source):
+    assert set(sass.contents(built(source))) == CODES[source.parent.as_posix()]
+
+
 # Attention needs all registers; between pieces of work some words may wait in local memory, in the
 # loop over the keys none. With a mask there are not enough (docs/kernels/hopper.md).
-@pytest.mark.parametrize("source", ATTENTION, ids=str)
-def test_attention_has_its_instructions_and_a_loop_without_local_memory(source):
-    code = disassembly(source)
-    assert set(opcodes(code)) >= INSTRUCTIONS
+@pytest.mark.parametrize("source", HOPPER, ids=str)
+def test_hopper_has_its_instructions_and_a_loop_without_local_memory(source):
+    (code,) = sass.kernels(built(source), "sm_90a").values()
+    assert {instruction.opcode for instruction in code} >= INSTRUCTIONS
     if "masked" not in source.name:
-        loop = main_loop(code)
+        loop = [code[i].opcode for i in sass.main_loop(code, {"IGMMA", "QGMMA"})]
         assert len(loop) < 500  # the common case alone
-        assert not {"LDL", "STL"} & set(loop)
+        assert not sass.SPILLS & set(loop)
+
+
+def products(title: str, architecture: str) -> Counter[str]:
+    """Return what a warp multiplies for a tile of 64 keys, counted by hand.
+
+    IMMA takes 16 rows, 8 keys and 32 bytes or 64 nibbles of a channel, HMMA 16 rows, 8 channels and
+    16 keys, QMMA 32. P in 16 bits is multiplied by a column of ones, too.
+    """
+    qk, pv, width = title.split(", ")
+    row_tiles, channels = (1 if width == "256" else 2), int(width)
+    has_int4 = architecture in ("sm_80", "sm_89")
+    codes, channels_at_once = (
+        ("IMMA.16864.S4.S4", 64) if qk == "int4" and has_int4 else ("IMMA.16832.S8.S8", 32)
+    )
+    counts = Counter({codes: row_tiles * 8 * channels // channels_at_once})
+    pairs = row_tiles * channels // 8
+    if pv in ("e4m3", "e4m3_fp16"):
+        accumulator = "F16" if pv == "e4m3_fp16" else "F32"
+        counts[f"QMMA.16832.{accumulator}.E4M3.E4M3"] = 2 * pairs
+    else:
+        wide = "HMMA.16816.F32.BF16" if pv == "bf16" else "HMMA.16816.F32"
+        counts["HMMA.16816.F16" if pv == "fp16_fp16" else wide] += 4 * pairs
+        counts[wide] += 4 * row_tiles
+    return counts
+
+
+@pytest.mark.parametrize("source", MMA, ids=str)
+@pytest.mark.parametrize("generation", ["own", "sm_120a"])
+def test_a_tile_has_the_products_counted_by_hand_and_no_local_memory(source, generation):
+    """Beside masks and tails, that is: the way through the loop over the keys that is common."""
+    architecture = f"sm_{source.parent.name[2:]}" if generation == "own" else generation
+    members = set()
+    for name, code in sass.kernels(built(source), architecture).items():
+        title = sass.title(name)
+        members.add(title.rpartition(", ")[0])
+        tile = sass.tile(code)
+        found = Counter(i.product for i in tile if i.opcode in sass.TENSOR_CORE)
+        assert found == products(title, architecture), title
+        spilled = Counter(i.opcode for i in tile if i.opcode in sass.SPILLS)
+        assert not spilled, (title, spilled)
+    formats = ("e4m3", "e4m3_fp16") if "sm89" in source.parts else ("bf16", "fp16", "fp16_fp16")
+    assert members == {f"{qk}, {pv}" for qk in ("int8", "int4") for pv in formats}
 
 
 @pytest.mark.parametrize(
