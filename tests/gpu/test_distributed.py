@@ -79,12 +79,12 @@ SPLIT = [(family, case) for family, (_, cases) in FAMILIES.items() for case in c
 def long_inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Tokens for the default recipe, the same on every GPU."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    q = torch.randn(1, 4, 8192, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
-    k, v = (
-        torch.randn(1, 2, 8192, 128, generator=generator, device="cuda", dtype=torch.bfloat16) + 1
-        for _ in range(2)
-    )
-    return q, k, v
+
+    def drawn(heads: int) -> Tensor:
+        shape = (1, heads, 8192, 128)
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    return drawn(4), drawn(2) + 1, drawn(2)
 
 
 def share_long(is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
