@@ -33,6 +33,7 @@ def make_data(kind: str, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor, Tensor]:
     """Return bf16 q, k, v [1, 4, seqlen, 128] of one kind; biases are drawn per head.
 
     * gaussian: N(0, 1);
+    * key_bias: K with a bias per channel (sd 5);
     * outlier: Q and K with a bias per channel (sd 3) and 4 common channels at +20;
     * video: a common mean, a smooth field of rank 8 over the tokens, and noise of sd .2;
     * value_bias: V with a bias per channel (sd 8);
@@ -48,6 +49,8 @@ def make_data(kind: str, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor, Tensor]:
         common = torch.zeros(HEAD_DIM)
         common[[3, 40, 77, 101]] = 20.0
         q, k = (x + 3 * normal(HEADS, 1, HEAD_DIM) + common for x in (q, k))
+    elif kind == "key_bias":
+        k = k + 5 * normal(HEADS, 1, HEAD_DIM)
     elif kind == "video":
         phase = torch.arange(seqlen)[:, None] * (1 + torch.arange(8)) * math.pi / seqlen
         common, field = normal(3, HEADS, 1, HEAD_DIM), normal(3, HEADS, 8, HEAD_DIM) / 2
