@@ -4,8 +4,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
 #include "common/params.h"
 #include "quantize/cuda/rules.cuh"
 
@@ -15,17 +13,23 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
-// The base-2 logit with the mask's element in it; -inf where that hides the key.
+// What the mask's element adds to a base-2 logit; -inf where it hides the key.
+__device__ __forceinline__ float bias_of(bool is_visible) { return is_visible ? 0.f : -INFINITY; }
+template <typename Element>
+__device__ __forceinline__ float bias_of(Element element) {
+  const float bias = to_float(element), scaled = bias * kLog2E;
+  if (bias == -INFINITY) return bias;
+  const bool overflows = fabsf(scaled) == INFINITY && bias != INFINITY;
+  return overflows ? copysignf(kLargestFloat, bias) : scaled;
+}
+// A key is hidden even where its scale is NaN.
+__device__ __forceinline__ float add_bias(float logit, float bias) {
+  return bias == -INFINITY ? bias : logit + bias;
+}
+
 template <typename Element>
 __device__ __forceinline__ float with_mask(float logit, Element element) {
-  if constexpr (std::is_same_v<Element, bool>) {
-    return element ? logit : -INFINITY;
-  } else {
-    const float bias = to_float(element), scaled = bias * kLog2E;
-    if (bias == -INFINITY) return bias;  // hides the key even where its scale is NaN
-    const bool overflows = fabsf(scaled) == INFINITY && bias != INFINITY;
-    return logit + (overflows ? copysignf(kLargestFloat, bias) : scaled);
-  }
+  return add_bias(logit, bias_of(element));
 }
 
 // Calls `visit` with the mask's data in its type.

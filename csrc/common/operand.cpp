@@ -33,8 +33,12 @@ int32_t number_of(ScalarType dtype) {
       return aoti_torch_dtype_float16();
     case ScalarType::Char:
       return aoti_torch_dtype_int8();
-    default:
+    case ScalarType::Short:
+      return aoti_torch_dtype_int16();
+    case ScalarType::Byte:
       return aoti_torch_dtype_uint8();
+    default:
+      throw std::logic_error("no op allocates this dtype");
   }
 }
 

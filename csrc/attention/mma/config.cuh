@@ -7,13 +7,15 @@ namespace torch_sage::mma {
 
 constexpr int kRows = 128;  // query rows of a block
 constexpr int kKeyColumns = kKeys / 8;
+constexpr int kParts = 3;  // 16-bit numbers whose sum is an element of a mean of Q
 
 // kWidth: head_dim, zero-padded.
-template <int kWidth_, bool kIsInt4_, Pv kPv_>
+template <int kWidth_, bool kIsInt4_, Pv kPv_, bool kHasMask_>
 struct Config {
   static constexpr int kWidth = kWidth_;
   static constexpr bool kIsInt4 = kIsInt4_;
   static constexpr Pv kPv = kPv_;
+  static constexpr bool kHasMask = kHasMask_;
   static constexpr bool kIsE4m3 = is_e4m3(kPv);
   static constexpr bool kHasFp16Accumulator = kPv == Pv::kE4m3Fp16 || kPv == Pv::kFp16Fp16;
   // Whether PV starts from zero at every tile, and a true fp32 sum takes it over.
@@ -36,12 +38,25 @@ struct Config {
   static constexpr int kShiftAt = kValueAt + kValueRows * kValueRowBytes;  // of the LSE, per row
   static constexpr int kAmaxAt = kShiftAt + 4 * kRows;                     // per warp
   static constexpr int kPlainBytes = kAmaxAt + 4 * 8;
-  // Only where Q is smoothed: K as it was, the mean of Q, its parts, the correction of a tile.
-  static constexpr int kRawAt = kPlainBytes;
-  static constexpr int kMeanAt = kRawAt + kKeys * 2 * kWidth;
-  static constexpr int kPartsAt = kMeanAt + 4 * kWidth;
-  static constexpr int kCorrectionAt = kPartsAt + 3 * 2 * kWidth;
-  static constexpr int kSmoothBytes = kCorrectionAt + 4 * kKeys;
+
+  // Only with a mask: of 8 rows per warp, with a distance that keeps a quad's reads on other banks.
+  static constexpr int kBiasStride = kKeys + 8;
+  static constexpr int kBiasBytes = 4 * 8 * kBiasStride;
+  static constexpr int kMaskBytes = kWarps * kBiasBytes;
+
+  // Only where Q is smoothed, behind all that: its mean, the correction of a tile, and, for tensor
+  // cores, parts of the mean and K as it was. At width 256 the latter would not fit everywhere.
+  static constexpr bool kCorrectsByTensorCores = kWidth <= 128;
+  static constexpr int kMeanAt = 0;
+  static constexpr int kCorrectionAt = kMeanAt + 4 * kWidth;
+  static constexpr int kPartsAt = kCorrectionAt + 4 * kKeys;
+  static constexpr int kRawAt = kPartsAt + (kCorrectsByTensorCores ? kParts * 2 * kWidth : 0);
+  static constexpr int kSmoothBytes = kRawAt + (kCorrectsByTensorCores ? kKeys * 2 * kWidth : 0);
+
+  static int shared_bytes(const AttentionParams& p) {
+    return kPlainBytes + (p.mask_kind == MaskKind::kNone ? 0 : kMaskBytes) +
+           (p.key == nullptr ? 0 : kSmoothBytes);
+  }
 };
 
 }  // namespace torch_sage::mma

@@ -5,12 +5,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "attention/mask.cuh"
 #include "attention/mma/config.cuh"
 #include "attention/mma/instructions.cuh"
 
 namespace torch_sage::mma {
-
-constexpr int kParts = 3;  // 16-bit numbers whose sum is an element of the mean
 
 template <class C>
 struct Correction {
@@ -25,7 +24,7 @@ struct Correction {
 
   // Called by the whole block, with the mean of its query rows.
   __device__ __forceinline__ void set_mean(const AttentionParams& p, const float* key_mean) {
-    for (int i = threadIdx.x; i < C::kWidth; i += C::kThreads) {
+    for (int i = threadIdx.x; C::kCorrectsByTensorCores && i < C::kWidth; i += C::kThreads) {
       float rest = mean[i];
 #pragma unroll
       for (int part = 0; part < kParts; part++) {
@@ -56,9 +55,10 @@ struct Correction {
     return x;
   }
 
-  // Of fp32, which no tensor core takes as it is: one key after the other, from global memory.
-  __device__ __forceinline__ void compute_wide(const float* rows, int64_t stride, int columns,
-                                               int count) const {
+  // Where tensor cores do not do it: one key after the other, from global memory.
+  template <typename Element>
+  __device__ __forceinline__ void compute_directly(const Element* rows, int64_t stride,
+                                                   int columns, int count) const {
     constexpr int kOwn = kKeys / C::kWarps;
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kOwn;
 #pragma unroll 4
@@ -68,16 +68,15 @@ struct Correction {
       for (int i = 0; i < C::kWidth / 64; i++) {
         const int column = 64 * i + 2 * lane;
         if (key >= count || column >= columns) continue;
-        const float2 x = __ldg(reinterpret_cast<const float2*>(rows + key * stride + column));
-        sum = fmaf(x.x, mean[column], fmaf(x.y, mean[column + 1], sum));
+        const Element* at = rows + key * stride + column;
+        sum = fmaf(to_float(at[0]), mean[column], fmaf(to_float(at[1]), mean[column + 1], sum));
       }
       sum = sum_of_warp(sum);
       if (lane == 0) of_keys[key] = factor * (sum - constant);
     }
   }
 
-  // Of 16 bits: the parts of the mean are rows 0 to 2 of a matrix. Each warp has its share of the
-  // keys.
+  // The parts of the mean are rows 0 to 2 of a matrix. Each warp has its share of the keys.
   __device__ __forceinline__ void compute(bool is_bf16) const {
     constexpr int kTiles = kKeyColumns / C::kWarps;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane / 4, quad = lane % 4;

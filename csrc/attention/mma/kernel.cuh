@@ -16,19 +16,24 @@
 
 namespace torch_sage::mma {
 
-// Shares the 16-byte chunks of a tile among a block's threads: `copy` gets where one goes, its row
-// and its chunk.
-template <int kThreads, int kRowCount, int kRowBytes, typename Copy>
-__device__ __forceinline__ void share_chunks(uint32_t to, Copy copy) {
-  constexpr int kChunks = kRowBytes / 16, kStep = kThreads / kChunks;
+// How the 16-byte chunks of a tile are shared among a block's threads.
+template <int kThreads, int kRowCount, int kRowBytes>
+struct Chunks {
+  static constexpr int kPerRow = kRowBytes / 16, kStep = kThreads / kPerRow;
   static_assert(kStep % 8 == 0, "or a thread's places would not be at equal distances");
-  const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const uint32_t at = to + place<kRowBytes>(first, chunk);
+
+  __device__ __forceinline__ static int first_row() { return threadIdx.x / kPerRow; }
+  __device__ __forceinline__ static int chunk() { return threadIdx.x % kPerRow; }
+  // Calls `copy` with the place and the number of each row of the calling thread.
+  template <typename Copy>
+  __device__ __forceinline__ static void for_rows(uint32_t to, Copy copy) {
+    const uint32_t first = to + place<kRowBytes>(first_row(), chunk());
 #pragma unroll
-  for (int row = 0; row < kRowCount; row += kStep)
-    if (kRowCount % kStep == 0 || first + row < kRowCount)
-      copy(at + row * kRowBytes, first + row, chunk);
-}
+    for (int row = 0; row < kRowCount; row += kStep)
+      if (kRowCount % kStep == 0 || first_row() + row < kRowCount)
+        copy(first + row * kRowBytes, first_row() + row);
+  }
+};
 
 // One warp's rows of a block's work.
 template <class C>
@@ -92,14 +97,9 @@ class Warp {
       constexpr float kCodesScale = C::kIsInt4 && !kHasInt4Products ? 1.f / 256 : 1.f;
       const float factor = query_scale_ * key_scale * kCodesScale;
       float scores[C::kRowTiles][kKeyColumns][4];
-#pragma unroll
-      for (int i = 0; i < C::kRowTiles; i++)
-#pragma unroll
-        for (int j = 0; j < kKeyColumns; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) scores[i][j][e] = __int_as_float(sums[i][j][e]);
+      convert<C>(sums, scores);
       const int key_end = (tile + 1) * kKeys;
-      const bool is_masked = p_.mask_kind != MaskKind::kNone || key_end > p_.kv.seqlen ||
+      const bool is_masked = C::kHasMask || key_end > p_.kv.seqlen ||
                              key_end - 1 > first_row_ + p_.last_key_offset;
       const bool wants_sum = C::kIsE4m3 || p_.lse != nullptr;
       if (p_.key == nullptr && !is_masked) {
@@ -107,9 +107,13 @@ class Warp {
       } else {
         make_logits<C>(scores, factor,
                        p_.key == nullptr ? nullptr : correction_.of_keys + lane_ % 4 * 2);
+        const int row = first_row_ + warp_ * C::kWarpRows;
+        if constexpr (C::kHasMask) {
+          auto* biases = reinterpret_cast<float*>(shared_ + C::kPlainBytes + warp_ * C::kBiasBytes);
+          add_mask<C>(p_, mask_of_head(), biases, row, tile * kKeys, scores);
+        }
         if (is_masked)
-          hide<C>(p_, mask_of_head(), first_row_ + warp_ * C::kWarpRows + lane_ / 4,
-                  tile * kKeys + lane_ % 4 * 2, scores);
+          hide<C>(p_, row + lane_ / 4, tile * kKeys + lane_ % 4 * 2, scores);
         softmax_.template update<true>(scores, factor, wants_sum);
       }
       pack_probabilities(scores);
@@ -142,34 +146,52 @@ class Warp {
   }
 
   __device__ __forceinline__ void fetch_keys(int tile) const {
-    const uint8_t* codes = key_codes_ + static_cast<int64_t>(tile) * (kKeys * C::kCodeBytes);
-    share_chunks<C::kThreads, kKeys, C::kCodeBytes>(
-        at(C::kKeyAt), [&](uint32_t to, int row, int chunk) {
-          copy_16_async(to, codes + row * C::kCodeBytes + chunk * 16, true);
-        });
-    if (p_.key != nullptr && !is_wide())
-      fetch_halves(C::kRawAt, reinterpret_cast<const uint16_t*>(key_rows_), p_.key_rows.stride_n,
-                   p_.key_columns, tile);
+    using Chunks = mma::Chunks<C::kThreads, kKeys, C::kCodeBytes>;
+    const uint8_t* from = key_codes_ + static_cast<int64_t>(tile) * (kKeys * C::kCodeBytes) +
+                          Chunks::first_row() * C::kCodeBytes + Chunks::chunk() * 16;
+    Chunks::for_rows(at(C::kKeyAt), [&](uint32_t to, int) {
+      copy_16_async(to, from, true);
+      from += Chunks::kStep * C::kCodeBytes;
+    });
+    if (p_.key != nullptr && corrects_by_tensor_cores())
+      fetch_halves(smooth_at() + C::kRawAt, reinterpret_cast<const uint16_t*>(key_rows_),
+                   p_.key_rows.stride_n, p_.key_columns, tile);
+  }
+
+  __device__ __forceinline__ bool corrects_by_tensor_cores() const {
+    return C::kCorrectsByTensorCores && !is_wide();
+  }
+  __device__ __forceinline__ int smooth_at() const {
+    return C::kPlainBytes + (p_.mask_kind == MaskKind::kNone ? 0 : C::kMaskBytes);
   }
 
   __device__ __forceinline__ void correct_keys(int tile) const {
+    const bool is_bf16 = p_.dtype == Dtype::kBFloat16;
+    if (corrects_by_tensor_cores()) return correction_.compute(is_bf16);
+    const auto directly = [&](auto* rows) {
+      correction_.compute_directly(
+          rows + static_cast<int64_t>(tile) * kKeys * p_.key_rows.stride_n, p_.key_rows.stride_n,
+          p_.key_columns, p_.kv.seqlen - tile * kKeys);
+    };
     if (is_wide()) {
-      const int64_t first = static_cast<int64_t>(tile) * kKeys * p_.key_rows.stride_n;
-      correction_.compute_wide(reinterpret_cast<const float*>(key_rows_) + first,
-                               p_.key_rows.stride_n, p_.key_columns, p_.kv.seqlen - tile * kKeys);
+      directly(reinterpret_cast<const float*>(key_rows_));
+    } else if (is_bf16) {
+      directly(reinterpret_cast<const __nv_bfloat16*>(key_rows_));
     } else {
-      correction_.compute(p_.dtype == Dtype::kBFloat16);
+      directly(reinterpret_cast<const __half*>(key_rows_));
     }
   }
 
   __device__ __forceinline__ void fetch_values(int tile) const {
     if constexpr (C::kIsE4m3) {
+      using Chunks = mma::Chunks<C::kThreads, C::kWidth, kKeys>;
       const int64_t row_bytes = p_.kv.tiles() * kKeys;
-      const uint8_t* codes = values_ + tile * kKeys;
-      share_chunks<C::kThreads, C::kWidth, kKeys>(
-          at(C::kValueAt), [&](uint32_t to, int row, int chunk) {
-            copy_16_async(to, codes + row * row_bytes + chunk * 16, true);
-          });
+      const uint8_t* from =
+          values_ + tile * kKeys + Chunks::first_row() * row_bytes + Chunks::chunk() * 16;
+      Chunks::for_rows(at(C::kValueAt), [&](uint32_t to, int) {
+        copy_16_async(to, from, true);
+        from += Chunks::kStep * row_bytes;
+      });
     } else {
       fetch_halves(C::kValueAt, values_, p_.value_rows.stride_n, p_.value_columns, tile);
     }
@@ -178,13 +200,14 @@ class Warp {
   // Rows of 16-bit elements; zeros beyond the last key and the last column.
   __device__ __forceinline__ void fetch_halves(int to, const uint16_t* rows, int64_t stride,
                                                int columns, int tile) const {
-    const uint16_t* first = rows + static_cast<int64_t>(tile) * kKeys * stride;
+    using Chunks = mma::Chunks<C::kThreads, kKeys, 2 * C::kWidth>;
     const int count = p_.kv.seqlen - tile * kKeys;
-    share_chunks<C::kThreads, kKeys, 2 * C::kWidth>(
-        at(to), [&](uint32_t to, int row, int chunk) {
-          const bool is_inside = row < count && chunk * 8 < columns;
-          copy_16_async(to, is_inside ? first + row * stride + chunk * 8 : rows, is_inside);
-        });
+    const uint16_t* from = rows + (static_cast<int64_t>(tile) * kKeys + Chunks::first_row()) * stride + Chunks::chunk() * 8;
+    const bool is_column = Chunks::chunk() * 8 < columns;
+    Chunks::for_rows(at(to), [&](uint32_t to, int row) {
+      copy_16_async(to, from, row < count && is_column);
+      from += Chunks::kStep * stride;
+    });
   }
 
   __device__ __forceinline__ void quantize_query() {
@@ -204,15 +227,16 @@ class Warp {
     rows.amax_of_warps = reinterpret_cast<uint32_t*>(shared_ + C::kAmaxAt);
     const float kappa = fabsf(p_.scale) * kLog2E;
     if (p_.key != nullptr) {
-      float* mean = reinterpret_cast<float*>(shared_ + C::kMeanAt);
+      uint8_t* smooth = shared_ + smooth_at();
+      float* mean = reinterpret_cast<float*>(smooth + C::kMeanAt);
       // The codes of Q are not there yet.
       tile_mean<C::kWidth, C::kThreads>(rows.first, p_.dtype, p_.query_rows.stride_n, rows.valid,
                                         p_.head_dim, mean,
                                         reinterpret_cast<float*>(shared_ + C::kQueryAt));
       rows.mean = mean;
-      correction_.raw = shared_ + C::kRawAt;
-      correction_.parts = reinterpret_cast<uint16_t*>(shared_ + C::kPartsAt);
-      correction_.of_keys = reinterpret_cast<float*>(shared_ + C::kCorrectionAt);
+      correction_.raw = smooth + C::kRawAt;
+      correction_.parts = reinterpret_cast<uint16_t*>(smooth + C::kPartsAt);
+      correction_.of_keys = reinterpret_cast<float*>(smooth + C::kCorrectionAt);
       correction_.mean = mean;
       correction_.factor = p_.scale * kLog2E;
       correction_.set_mean(p_, key_mean);
@@ -468,7 +492,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
 
 template <class C>
 void launch_kernel(const AttentionParams& params, cudaStream_t stream) {
-  const int bytes = params.key == nullptr ? C::kPlainBytes : C::kSmoothBytes;
+  const int bytes = C::shared_bytes(params);
   check_cuda(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   bytes),
              "cudaFuncSetAttribute");

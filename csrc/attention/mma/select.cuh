@@ -7,10 +7,13 @@ namespace torch_sage::mma {
 
 template <int kWidth, Pv kPv>
 void select_codes(const AttentionParams& params, cudaStream_t stream) {
+  const bool has_mask = params.mask_kind != MaskKind::kNone;
   if (params.kv.is_int4) {
-    launch_kernel<Config<kWidth, true, kPv>>(params, stream);
+    has_mask ? launch_kernel<Config<kWidth, true, kPv, true>>(params, stream)
+             : launch_kernel<Config<kWidth, true, kPv, false>>(params, stream);
   } else {
-    launch_kernel<Config<kWidth, false, kPv>>(params, stream);
+    has_mask ? launch_kernel<Config<kWidth, false, kPv, true>>(params, stream)
+             : launch_kernel<Config<kWidth, false, kPv, false>>(params, stream);
   }
 }
 

@@ -10,11 +10,24 @@
 namespace torch_sage::mma {
 
 // Integer sums start from here: below 2^22 in magnitude, their bits are those of the float 1.5 *
-// 2^23 + sum, and no conversion is needed.
+// 2^23 + sum, which a subtraction converts, at twice to eight times the rate of an instruction that
+// would. Folding it into the next product would leave an error of that many times the factor.
 constexpr int kSeed = 0x4B400000;
 constexpr float kSeedValue = 12582912.f;
 
-// Base-2 logits in place of seeded sums. `correction` is of the lane's first key, or null.
+// Exact scores in place of seeded sums.
+template <class C>
+__device__ __forceinline__ void convert(const int (&sums)[C::kRowTiles][kKeyColumns][4],
+                                        float (&x)[C::kRowTiles][kKeyColumns][4]) {
+#pragma unroll
+  for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+    for (int j = 0; j < kKeyColumns; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) x[i][j][e] = __int_as_float(sums[i][j][e]) - kSeedValue;
+}
+
+// Base-2 logits in place of scores. `correction` is of the lane's first key, or null.
 template <class C>
 __device__ __forceinline__ void make_logits(float (&x)[C::kRowTiles][kKeyColumns][4], float factor,
                                             const float* correction) {
@@ -28,36 +41,62 @@ __device__ __forceinline__ void make_logits(float (&x)[C::kRowTiles][kKeyColumns
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float& element = x[i][j][2 * h + b];
-          element = fmaf(element - kSeedValue, factor, offset);
+          element = fmaf(element, factor, offset);
         }
     }
 }
 
-// Adds the mask of a head to logits; -inf where a key is not visible. Both numbers are of the
-// lane's first element.
+// Adds a mask to logits, 8 rows of the warp at a time by way of `biases`, its part of shared
+// memory: element [row, key] of the head's mask is at `mask`. All numbers are of the warp's first
+// row and the tile's first key.
 template <class C>
-__device__ __forceinline__ void hide(const AttentionParams& p, const char* mask_of_head,
-                                     int first_row, int first_key,
-                                     float (&x)[C::kRowTiles][kKeyColumns][4]) {
-  const auto for_elements = [&](auto visit) {
+__device__ __forceinline__ void add_mask(const AttentionParams& p, const char* mask,
+                                         float* biases, int first_row, int first_key,
+                                         float (&x)[C::kRowTiles][kKeyColumns][4]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < C::kRowTiles; i++)
+  for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int above = first_row + 16 * i + 8 * h;
+      visit_mask(p, [&](auto* typed) {
+        const auto* elements = reinterpret_cast<decltype(typed)>(mask);
+#pragma unroll 1
+        for (int n = lane; n < 8 * kKeys; n += 32) {
+          const int row = above + n / kKeys, key = first_key + n % kKeys;
+          if (row < p.seqlen_q && key < p.kv.seqlen)
+            biases[n / kKeys * C::kBiasStride + n % kKeys] =
+                bias_of(elements[row * p.mask_stride_n + key * p.mask_stride_m]);
+        }
+      });
+      __syncwarp();
+      const float* own = biases + lane / 4 * C::kBiasStride + lane % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kKeyColumns; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          visit(x[i][j][e], first_row + 16 * i + 8 * (e / 2), first_key + 8 * j + e % 2);
-  };
-  visit_mask(p, [&](auto* typed) {
-    const auto* mask = reinterpret_cast<decltype(typed)>(mask_of_head);
-    for_elements([&](float& logit, int row, int key) {
-      if (row < p.seqlen_q && key < p.kv.seqlen)
-        logit = with_mask(logit, mask[row * p.mask_stride_n + key * p.mask_stride_m]);
-    });
-  });
-  for_elements([&](float& logit, int row, int key) {
-    if (key > min(p.kv.seqlen - 1, row + p.last_key_offset)) logit = -INFINITY;
-  });
+        for (int b = 0; b < 2; b++) {
+          float& logit = x[i][j][2 * h + b];
+          logit = add_bias(logit, own[8 * j + b]);
+        }
+      __syncwarp();
+    }
+}
+
+// Makes logits -inf where no key is visible. Both numbers are of the lane's first element.
+template <class C>
+__device__ __forceinline__ void hide(const AttentionParams& p, int first_row, int first_key,
+                                     float (&x)[C::kRowTiles][kKeyColumns][4]) {
+#pragma unroll
+  for (int i = 0; i < C::kRowTiles; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int last = min(p.kv.seqlen - 1, first_row + 16 * i + 8 * h + p.last_key_offset);
+#pragma unroll
+      for (int j = 0; j < kKeyColumns; j++)
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+          if (first_key + 8 * j + b > last) x[i][j][2 * h + b] = -INFINITY;
+    }
 }
 
 // Rows 16 i + 8 h of the lane's first one.
@@ -77,16 +116,13 @@ struct Softmax {
       }
   }
 
-  // Probabilities in place of scores, which are seeded sums to be multiplied by `factor`, or
-  // (kAreLogits) logits already.
+  // Probabilities in place of scores, which times `factor` are base-2 logits, or are logits already.
   template <bool kAreLogits>
   __device__ __forceinline__ void update(float (&x)[C::kRowTiles][kKeyColumns][4], float factor,
                                          bool wants_sum) {
     constexpr float kShift = C::kPv == Pv::kE4m3       ? 8.8073549221f
                              : C::kPv == Pv::kE4m3Fp16 ? 6.8073549221f
                                                        : 0.f;
-    constexpr float kOrigin = kAreLogits ? 0.f : kSeedValue;
-    const float scale = kAreLogits ? 1.f : factor;
 #pragma unroll
     for (int i = 0; i < C::kRowTiles; i++)
 #pragma unroll
@@ -95,26 +131,25 @@ struct Softmax {
 #pragma unroll
         for (int j = 1; j < kKeyColumns; j++)
           largest = fmaxf(largest, fmaxf(x[i][j][2 * h], x[i][j][2 * h + 1]));
-        largest = (largest - kOrigin) * scale;
+        if constexpr (!kAreLogits) largest *= factor;
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
         const float next = fmaxf(top[i][h], largest - kShift);
         const float origin = next == -INFINITY ? 0.f : next;
         decay[i][h] = exp2_approx(top[i][h] - origin);
         top[i][h] = next;
-        const float offset = kAreLogits ? -origin : fmaf(-kSeedValue, scale, -origin);
         float total = 0.f;
 #pragma unroll
         for (int j = 0; j < kKeyColumns; j++)
 #pragma unroll
           for (int b = 0; b < 2; b++) {
             float& element = x[i][j][2 * h + b];
-            element = exp2_approx(kAreLogits ? element + offset : fmaf(element, scale, offset));
+            element = exp2_approx(kAreLogits ? element - origin : fmaf(element, factor, -origin));
           }
         if constexpr (C::kPv == Pv::kE4m3Fp16) {
-          // The maximum's own probability is P_r but for the rounding of `offset`. Where that
-          // could show in E4M3, 64 of them could overflow fp16.
-          if (fabsf(offset) > 0x1p19f) {
+          // The maximum's own probability is P_r but for the rounding of `next`. Where that could
+          // show in E4M3, 64 of them could overflow fp16.
+          if (fabsf(next) > 0x1p15f) {
 #pragma unroll
             for (int j = 0; j < kKeyColumns; j++)
 #pragma unroll
