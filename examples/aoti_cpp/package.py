@@ -1,6 +1,6 @@
 """Write what main.cpp needs: DINOv2 as an AOTInductor package, and a photograph.
 
-Usage: python package.py FOLDER
+Usage: python package.py FOLDER [DEVICE]
 """
 
 import sys
@@ -14,12 +14,13 @@ from torch_sage.demo.models.dinov2 import Features, load_model
 from torch_sage.demo.packages import DINOV2
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str = "cpu") -> None:
     """Export the model for photographs of 518 pixels, rewrite its attention and compile it."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = photographs(("chelsea",), 518)
     with torch.no_grad():
-        program = torch.export.export(Features(load_model(DINOV2.path())), (pixels,))
+        model = Features(load_model(DINOV2.path())).to(device)
+        program = torch.export.export(model, (pixels.to(device),))
         program = torch_sage.apply_to_exported(program)
         print(torch_sage.report())
         torch._inductor.aoti_compile_and_package(
@@ -33,4 +34,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:3])

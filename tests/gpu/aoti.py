@@ -1,7 +1,8 @@
 """Make an AOTInductor package of a model shaped like DINOv2-S, for test_aoti.py:
 
-``python -m tests.gpu.aoti FOLDER [--exact]`` writes ``package.pt2``, and ``tensors.pt`` with inputs
-of two batch sizes and what the model, and the same model with quantized attention, make of them.
+``python -m tests.gpu.aoti FOLDER [--exact] [--one]`` writes ``package.pt2``, and in ``tensors.pt``
+inputs of two batch sizes and what the model, and the same model with quantized attention, make of
+them. With ``--one`` the package takes one image, which is in ``photograph.f32``, too.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ class Features(nn.Module):
         return x
 
 
-def main(folder: Path, exact: bool) -> None:
+def main(folder: Path, exact: bool, one: bool) -> None:
     """Export, rewrite, compile; compute what the package is compared with."""
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
     # In fp32 what the compiler fuses changes less than what quantization does.
     model = Features().cuda().eval().requires_grad_(False)
-    inputs = [torch.randn(n, 3, SIDE, SIDE, device="cuda") for n in (2, 3)]
+    inputs = [torch.randn(n, 3, SIDE, SIDE, device="cuda") for n in ((1,) if one else (2, 3))]
     outputs = [model(x) for x in inputs]
-    batch = torch.export.Dim("batch", min=2, max=8)
-    program = torch.export.export(model, (inputs[0],), dynamic_shapes=({0: batch},))
+    shapes = None if one else ({0: torch.export.Dim("batch", min=2, max=8)},)
+    program = torch.export.export(model, (inputs[0],), dynamic_shapes=shapes)
     if not exact:
         program = torch_sage.apply_to_exported(program, ALWAYS)
         rewritten = sum("torch_sage.sdpa" in str(node.target) for node in program.graph.nodes)
@@ -76,7 +77,9 @@ def main(folder: Path, exact: bool) -> None:
     quantized = [torch_sage.sage(ALWAYS)(model)(x) for x in inputs]
     tensors = {"inputs": inputs, "exact": outputs, "quantized": quantized}
     torch.save(tensors, folder / "tensors.pt")
+    if one:
+        inputs[0].cpu().numpy().tofile(folder / "photograph.f32")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--exact" in sys.argv)
+    main(Path(sys.argv[1]), "--exact" in sys.argv, "--one" in sys.argv)

@@ -6,6 +6,7 @@ same model with torch's own attention tells whether torch's part works on this m
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.csrc.isas import run_python
+import torch_sage
+from tests.csrc.isas import ROOT, run_python
 from tests.numerics import relative_l1
 from tests.without_package import run_without_package
 
@@ -28,6 +30,8 @@ with torch.no_grad():
     assert all(torch.equal(run(x), y) for x, y in zip(inputs, outputs)), "bits must repeat"
 torch.save(outputs, sys.argv[-1] + ".outputs")
 """
+# Where the driver's library is, and which GPUs may be used.
+GPU_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 PROCESSES = {
     "with torch_sage": lambda *files: run_python(
         "-c", f"import sys, torch, torch_sage\n{RUN}", *map(str, files), PYTHONFAULTHANDLER="1"
@@ -92,3 +96,26 @@ def test_package_computes_what_the_model_does(package: Path, process: str) -> No
         assert eager / 1.1 < error < 1.1 * eager
     here = run_package(package, "with torch_sage")
     assert all(torch.equal(a, b) for a, b in zip(outputs, here, strict=True))
+
+
+def test_cpp_program_without_python(tmp_path: Path) -> None:
+    """The example, with the libraries of this torch and no environment but that of the GPU."""
+    folder = make_package(tmp_path, "--one")
+    (expected,) = run_package(folder, "with torch_sage")
+    build = tmp_path / "build"
+    torch_folder = f"-DTORCH_FOLDER={Path(torch.__file__).parent}"
+    configure = ["cmake", "-S", ROOT / "examples" / "aoti_cpp", "-B", build, torch_folder]
+    program = [build / "dinov2", torch_sage.library_path(), folder / "package.pt2"]
+    environment = {name: os.environ[name] for name in GPU_VARIABLES if name in os.environ}
+    succeed(lambda: subprocess.run(configure, capture_output=True, text=True))
+    succeed(lambda: subprocess.run(["cmake", "--build", build], capture_output=True, text=True))
+    done = subprocess.run(
+        [*program, folder / "photograph.f32", "cuda"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    succeed(lambda: done)
+    printed = torch.tensor([float(line) for line in done.stdout.splitlines()])
+    torch.testing.assert_close(printed, expected[0, 0].cpu(), atol=1e-5, rtol=0)
