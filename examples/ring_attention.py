@@ -42,7 +42,7 @@ def work(rank: int, ranks: int, init_method: str) -> None:
         error = ((result - exact).abs().sum() / exact.abs().sum()).item()
         if rank == 0:
             print(f"{name} over {ranks} {backend} ranks, relative L1 error: {error:.4f}")
-        assert error < 0.02
+        assert error < (0.05 if on_gpus else 0.02)  # P and V in 8 bits, or in 16
     dist.destroy_process_group()
 
 

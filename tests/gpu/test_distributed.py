@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard
 
 import torch_sage
 from tests.cases import make_inputs
+from tests.csrc.isas import ROOT, run_python
 from tests.distributed.launch import launch
 from tests.distributed.sharded import (
     ALWAYS,
@@ -340,6 +341,12 @@ def test_operands_on_several_devices_are_named() -> None:
         prepared = torch_sage.prepare_kv(far, v.to("cuda:1"))
         with pytest.raises(ValueError, match="key_codes must be on cuda:0 like query, got cuda:1"):
             torch_sage.attention_prepared(q, prepared)
+
+
+def test_the_example_runs_with_nccl() -> None:
+    done = run_python(str(ROOT / "examples" / "ring_attention.py"))
+    assert done.returncode == 0, done.stderr
+    assert "all-to-all over 2 nccl ranks" in done.stdout
 
 
 def test_there_is_no_group_left() -> None:
