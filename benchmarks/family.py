@@ -42,25 +42,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8, e4m3, k": recipe("int8", "thread", "e4m3", "k"),
     "int8, e4m3, kv": recipe("int8", "thread", "e4m3", "kv"),
     **{
-        f"int8, e4m3_fp16 {pair}, {smooth}": recipe(
-            "int8", "thread", "e4m3_fp16", smooth, ranges=pair
-        )
-        for smooth in ("k", "kv")
+        f"int8, e4m3_fp16 {pair}, k": recipe("int8", "thread", "e4m3_fp16", "k", ranges=pair)
         for pair in PAIRS
     },
+    "int8, e4m3_fp16 (112, 9), kv": recipe("int8", "thread", "e4m3_fp16", "kv", ranges=(112, 9)),
+    "int8, e4m3_fp16 (112, 9), qk": recipe("int8", "thread", "e4m3_fp16", "qk", ranges=(112, 9)),
     "int4, bf16, qk": recipe("int4", "thread", "bf16", "qk"),
     "int4, e4m3, qk": recipe("int4", "thread", "e4m3", "qk"),
     "int4, e4m3_fp16 (112, 9), qk": recipe("int4", "thread", "e4m3_fp16", "qk", ranges=(112, 9)),
-    "int4, e4m3_fp16 (112, 9), qkv": recipe("int4", "thread", "e4m3_fp16", "qkv", ranges=(112, 9)),
 }
 
 DRAWN = (
     "int8, bf16, k",
-    "int8, e4m3, kv",
+    "int8, bf16, qk",
+    "int8, e4m3_fp16 (112, 9), k",
+    "int8, e4m3_fp16 (112, 9), qk",
     "int8, e4m3_fp16 (112, 9), kv",
-    "int8, e4m3_fp16 (448, 2.25), kv",
     "int4, bf16, qk",
-    "int4, e4m3_fp16 (112, 9), qkv",
+    "int4, e4m3_fp16 (112, 9), qk",
 )
 
 

@@ -157,7 +157,10 @@ def table() -> str:
             if architecture not in sass.contents(path):
                 architecture = "sm_86"  # whose code an 8.9 runs
             for mangled, code in sorted(sass.kernels(path, architecture).items()):
-                member = sass.title(mangled).rpartition(", ")[0]
+                qk, pv, _, has_mask = sass.member(mangled)
+                if has_mask:
+                    continue
+                member = f"{qk}, {pv}"
                 counts = Counter(instruction.opcode for instruction in sass.tile(code))
                 found = estimate(gpu, member, counts, rows=32)
                 cells = " | ".join(f"{value:.0f}" for value in found)

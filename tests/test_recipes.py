@@ -169,7 +169,7 @@ def test_four_bits_smooth_queries_unless_told_not_to(hopper: None) -> None:
         return resolve(SageConfig(qk="int4", **fields), CUDA, BF16, 64).smooth
 
     assert smooth() == "qk" and smooth(smooth_q=False) == "k" and smooth(smooth_k=False) == "q"
-    assert smooth(pv="e4m3") == "qkv"
+    assert smooth(pv="e4m3") == "qk" and smooth(smooth_v=True) == "qkv"
 
 
 @pytest.mark.parametrize(

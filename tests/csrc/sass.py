@@ -88,12 +88,25 @@ def kernels(path: Path, architecture: str) -> dict[str, Code]:
     }
 
 
-def title(name: str) -> str:
-    """Return the member of the mma.sync family that a mangled name instantiates."""
-    found = re.search(r"ConfigILi(\d+)ELb([01])ELNS\d+_2PvE(\d)E", name)
+class Member(NamedTuple):
+    """What a kernel of the mma.sync family instantiates."""
+
+    qk: str
+    pv: str
+    width: int
+    has_mask: bool
+
+    def __str__(self) -> str:
+        """Return the first column of a table."""
+        return f"{self.qk}, {self.pv}, {self.width}{', masked' if self.has_mask else ''}"
+
+
+def member(name: str) -> Member:
+    """Return what a mangled name instantiates."""
+    found = re.search(r"ConfigILi(\d+)ELb([01])ELNS\d+_2PvE(\d)ELb([01])E", name)
     assert found is not None, name
-    width, is_int4, pv = map(int, found.groups())
-    return f"{'int4' if is_int4 else 'int8'}, {PV_FORMATS[pv]}, {width}"
+    width, is_int4, pv, has_mask = map(int, found.groups())
+    return Member("int4" if is_int4 else "int8", PV_FORMATS[pv], width, bool(has_mask))
 
 
 def loops(code: Code) -> list[range]:
@@ -152,14 +165,13 @@ def tile(code: Code) -> Code:
 
 def table(path: Path, architecture: str) -> str:
     """Return a Markdown table: kernels by opcodes, for one warp and one tile."""
-    counts = {}
-    for name, code in kernels(path, architecture).items():
-        on_path = tile(code)
-        counts[title(name)] = Counter(
-            i.product if i.opcode in TENSOR_CORE else i.opcode for i in on_path
+    counts = {
+        str(member(name)): Counter(
+            i.product if i.opcode in TENSOR_CORE else i.opcode for i in tile(code)
         )
-    total = sum(counts.values(), Counter())
-    columns = [opcode for opcode, _ in total.most_common()]
+        for name, code in kernels(path, architecture).items()
+    }
+    columns = [opcode for opcode, _ in sum(counts.values(), Counter()).most_common()]
     lines = [f"| kernel | all | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for kernel, count in sorted(counts.items()):
         cells = (str(count[column]) for column in columns)
