@@ -108,7 +108,8 @@ class Support(NamedTuple):
 # they run on demand alone. From 8.9 on there is FP8: on q, k, v of SmolLM2, Whisper and DINOv2 the
 # fp16 accumulator had the error of the fp32 one, .029, .016 and .008 relative L1 against .020, .006
 # and .004 of 16 bits, and products four times as fast on GeForce. V is not smoothed: where a sink
-# has small values, the mean is what gets rounded (.016 became .025 on Whisper, docs/kernels/mma.md).
+# has small values, the mean is what gets rounded (.016 became .025 on Whisper). The numbers are in
+# docs/kernels/mma.md.
 _ALL_SMOOTHING = ("", "k", "v", "kv", "q", "qk", "qv", "qkv")
 _SM80 = Support(
     default=Recipe("int8", "thread", "bf16", "k"),
