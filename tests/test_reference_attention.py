@@ -393,14 +393,9 @@ def test_a_given_query_mean_is_used(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["recipe", "exact"])
-def test_scores_of_the_query_mean_may_take_keys_in_16_bits(precision: str) -> None:
+def test_blocks_of_query_rows_may_be_given_their_means(precision: str) -> None:
     q, k, v = normal(1, 2, 40, 16), normal(1, 1, 50, 16, seed=1), normal(1, 1, 50, 8, seed=2)
-    recipe = THREAD | {"smooth": "q", "precision": precision}
-
-    def attend(key: Tensor, dtype: torch.dtype) -> Tensor:
-        return reference.attention(5 + q, key, v, **recipe, correction_dtype=dtype).output
-
-    full, half = attend(k, torch.float32), attend(k, torch.bfloat16)
-    assert 0 < relative_l1(half, full) < 0.02
-    rounded = k.bfloat16().float()
-    assert torch.equal(attend(rounded, torch.bfloat16), attend(rounded, torch.float32))
+    recipe = THREAD | {"smooth": "q", "precision": precision, "smooth_block": 32}
+    means = torch.stack([x.double().mean(2).float() for x in q.split(32, dim=2)], dim=2)
+    own, given = (reference.attention(q, k, v, **recipe, query_mean=m) for m in (None, means))
+    assert torch.equal(own.output, given.output) and torch.equal(own.lse, given.lse)

@@ -110,11 +110,11 @@ def test_the_gpu_has_a_row_of_the_table() -> None:
 def test_autocast() -> None:
     q, k, v = qkv(1, 2, 200, 64, dtype=torch.float32)
     config = SageConfig(dispatch="always", pv="half", smooth_v=False)
-    with torch.autocast("cuda", torch.float16):
+    with torch.autocast("cuda", torch.bfloat16):
         output = torch_sage.scaled_dot_product_attention(q, k, v, config=config)
-    assert output.dtype == torch.float16
-    halves = (x.half() for x in (q, k, v))
-    assert same_bits(output, OPS.sdpa(*halves, **Member("int8", "fp16").recipe()))
+    assert output.dtype == torch.bfloat16
+    halves = (x.bfloat16() for x in (q, k, v))
+    assert same_bits(output, OPS.sdpa(*halves, **Member("int8", "bf16").recipe()))
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=str)

@@ -108,6 +108,8 @@ def select_accumulator(pv: str, name: str | None) -> Accumulator:
     choices: dict[str, Accumulator] = {"fp32": accumulate_fp32}
     if is_e4m3:
         choices |= {"fp22": accumulate_fp22, "fp16": accumulate_fp8_fp16}
+        # Compute capability 9.0 converts both to fp16 for its mma.sync, which has no FP8.
+        choices |= {"fp16_converted": accumulate_fp16}
     elif pv in FP16_FORMATS:
         choices |= {"fp16": accumulate_fp16}
     if name not in choices:

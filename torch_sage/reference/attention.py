@@ -58,7 +58,6 @@ def attention(
     tile: int | None = None,
     smooth_block: int | None = None,
     precision: str = "recipe",
-    correction_dtype: torch.dtype = torch.float32,
     query_mean: Tensor | None = None,
     key_mean: Tensor | None = None,
     value_mean: Tensor | None = None,
@@ -97,13 +96,13 @@ def attention(
         smooth_block: query rows that share a mean where Q is smoothed, ``block_q`` by default; the
             CPU kernels take all rows of a head.
         precision: "recipe" or "exact".
-        correction_dtype: type that smoothed keys are rounded to before they are multiplied by the
-            mean of Q; the CUDA kernels take bfloat16 for fp32 keys.
-        query_mean: fp32 [B, Hq, D] to smooth all rows of Q with, instead of means of blocks.
+        query_mean: fp32 [B, Hq, blocks, D] to smooth blocks of ``smooth_block`` rows of Q with, or
+            [B, Hq, D] for all rows, instead of their own means.
         key_mean: fp32 [B, Hkv, D] to smooth K with, instead of its own mean.
         value_mean: fp32 [B, Hkv, Dv], with ``value_group`` [B, Hkv, groups, Dv], to smooth V with,
             instead of its own mean.
-        accumulator: "fp32", "fp22" or "fp16"; by default that of the format's hardware.
+        accumulator: "fp32", "fp22", "fp16" or "fp16_converted"; by default that of the format's
+            hardware.
         two_level: whether the accumulator is flushed to fp32 after every key tile (2.7).
         ranges: P_r and V_r of an E4M3 format; by default ``E4M3_RANGES``.
         sum_rounded: whether the row sum is taken from the rounded P; by default 2.6's choice.
@@ -137,7 +136,6 @@ def attention(
         ValueFormat(value_max, value_group),
         query.shape[-1] ** -0.5 if scale is None else scale,
         visible,
-        correction_dtype,
     )
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         ops = ops._replace(bias=attn_mask.expand(visible.shape))

@@ -102,7 +102,6 @@ def quantize_operands(
     value_format: ValueFormat,
     scale: float,
     visible: Tensor,
-    correction_dtype: torch.dtype = torch.float32,
 ) -> Operands:
     """Quantize Q, K and V, and what the attention needs besides (E1-E4, E6).
 
@@ -144,9 +143,9 @@ def quantize_operands(
         if means[0] is None:
             q_input, q_mean = smooth_query(query, tile.smooth_block)
         else:
-            q_mean = means[0][..., None, :].expand(query.shape)
+            q_mean = _by_row(means[0], query, tile.smooth_block)
             q_input = query.float() - q_mean
-        smoothed_key = per_query_head(key.float() - k_mean[..., None, :]).to(correction_dtype)
+        smoothed_key = per_query_head(key.float() - k_mean[..., None, :])
         correction = sign * (q_mean.double() @ smoothed_key.mT.double())
     q_codes, q_scales = quantize_query(q_input, block=tile.block_q, warp=tile.warp, **rows)
     return Operands(
@@ -164,6 +163,13 @@ def quantize_operands(
         visible=visible,
         scale_magnitude=abs(scale),
     )
+
+
+def _by_row(mean: Tensor, query: Tensor, block: int) -> Tensor:
+    """Return the mean [B, Hq, D] or [B, Hq, blocks, D] that each row of ``query`` has."""
+    if mean.dim() < query.dim():
+        return mean[..., None, :].expand(query.shape)
+    return mean.repeat_interleave(block, dim=-2)[..., : query.shape[-2], :]
 
 
 def logits_base2(ops: Operands, keys: slice) -> Tensor:

@@ -45,8 +45,9 @@ struct Config {
   static constexpr int kMaskBytes = kWarps * kBiasBytes;
 
   // Only where Q is smoothed, behind all that: its mean, the correction of a tile, and, for tensor
-  // cores, parts of the mean and K as it was. At width 256 the latter would not fit everywhere.
-  static constexpr bool kCorrectsByTensorCores = kWidth <= 128;
+  // cores, parts of the mean and K as it was, unless together that were more than the 99 KB that
+  // some GPUs have.
+  static constexpr bool kCorrectsByTensorCores = kWidth <= 128 || (kIsInt4 && !kHasMask);
   static constexpr int kMeanAt = 0;
   static constexpr int kCorrectionAt = kMeanAt + 4 * kWidth;
   static constexpr int kPartsAt = kCorrectionAt + 4 * kKeys;

@@ -42,12 +42,11 @@ struct Plan {
 };
 
 inline Plan make_plan(const PrepareParams& p) {
-  // Enough blocks to fill any GPU; chunks so long that reading them is most of the work.
-  constexpr int64_t kBlocks = 512, kLeastRows = 256, kMostChunks = 64;
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
-  const int64_t wanted = std::clamp<int64_t>(kBlocks / std::max<int64_t>(heads, 1), 1, kMostChunks);
+  // Chunks so long that reading them is most of the work. They do not depend on the number of
+  // heads, nor do the bits of a mean, then.
+  constexpr int64_t kLeastRows = 256, kMostChunks = 64;
   const int64_t seqlen = p.kv.seqlen;
-  const int64_t rows = std::max(kLeastRows, (seqlen + wanted - 1) / wanted);
+  const int64_t rows = std::max(kLeastRows, (seqlen + kMostChunks - 1) / kMostChunks);
   int64_t power = 1;
   while (power < seqlen) power *= 2;
   Plan plan{};
