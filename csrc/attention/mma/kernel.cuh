@@ -338,6 +338,7 @@ class Warp {
             flush(i, j, sums);
           }
         }
+        hold_back(j + 1);
       }
     } else {
 #pragma unroll
@@ -365,9 +366,16 @@ class Warp {
           for (int i = 0; i < C::kRowTiles; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) flush(i, j + half, sums[i][half]);
+          hold_back(j + 2);
         }
       }
     }
+  }
+
+  // Or ptxas starts the products of all columns before it flushes the first, for which 256 channels
+  // leave no registers.
+  __device__ __forceinline__ static void hold_back(int columns) {
+    if (C::kWidth == 256 && columns % 8 == 0) __syncwarp();
   }
 
   __device__ __forceinline__ static void multiply_halves(float (&sums)[4], const uint32_t (&a)[4],
