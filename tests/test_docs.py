@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from docs import support_table
+from docs import support_matrix, support_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +60,14 @@ def test_ci_runs_the_commands_of_the_readme():
 def test_support_tables_are_the_generated_ones():
     """``python docs/support_table.py`` brings README.md up to date."""
     assert support_table.parts(README)[1] == support_table.generated()
+
+
+def test_support_matrix_is_the_generated_one():
+    """``python -m docs.support_matrix`` brings it up to date; each feature is shown on GPUs."""
+    assert support_matrix.PAGE.read_text(encoding="utf-8") == support_matrix.generated()
+    rows = [line.split(" | ") for line in support_matrix.features().splitlines()[2:]]
+    assert len(rows) == len(support_matrix.FEATURES)
+    assert all("::test_" in row[-1] and "::test_" in row[-2] for row in rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -22,6 +22,11 @@ BUILT = ROOT / "build" / "native" / "csrc"
 PV_FORMATS = ("bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16")  # of csrc/quantize/mma/prepared.h
 TENSOR_CORE = {"IMMA", "HMMA", "QMMA", "IGMMA", "QGMMA"}
 SPILLS = {"LDL", "STL"}
+# What a table shows beside products: arithmetic of scores and sums, and where operands come from.
+SHOWN = {
+    *("FFMA", "FADD", "FMUL", "FMNMX", "MUFU", "F2FP", "HADD2", "LOP3", "IMAD"),
+    *("LDSM", "LDGSTS", "LDG", "local memory"),
+}
 
 
 class Instruction(NamedTuple):
@@ -167,15 +172,25 @@ def table(path: Path, architecture: str) -> str:
     """Return a Markdown table: kernels by opcodes, for one warp and one tile."""
     counts = {
         str(member(name)): Counter(
-            i.product if i.opcode in TENSOR_CORE else i.opcode for i in tile(code)
+            "local memory"
+            if i.opcode in SPILLS
+            else i.product
+            if i.opcode in TENSOR_CORE
+            else i.opcode
+            for i in tile(code)
         )
         for name, code in kernels(path, architecture).items()
     }
-    columns = [opcode for opcode, _ in sum(counts.values(), Counter()).most_common()]
-    lines = [f"| kernel | all | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    total = sum(counts.values(), Counter())
+    columns = [name for name, _ in total.most_common() if name in SHOWN or name[1:4] == "MMA"]
+    lines = [
+        f"| kernel | all | {' | '.join(columns)} | others |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
     for kernel, count in sorted(counts.items()):
-        cells = (str(count[column]) for column in columns)
-        lines.append(f"| {kernel} | {sum(count.values())} | {' | '.join(cells)} |")
+        shown = [count[column] for column in columns]
+        cells = [count.total(), *shown, count.total() - sum(shown)]
+        lines.append(f"| {kernel} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -108,7 +108,7 @@ def products(member: sass.Member, architecture: str) -> Counter[str]:
     """
     row_tiles = 1 if member.width == 256 else 2
     codes, channels_at_once = "IMMA.16832.S8.S8", 32
-    if member.qk == "int4" and architecture in ("sm_80", "sm_89"):
+    if member.qk == "int4" and architecture in ("sm_80", "sm_86", "sm_89"):
         codes, channels_at_once = "IMMA.16864.S4.S4", 64
     counts = Counter({codes: row_tiles * 8 * member.width // channels_at_once})
     pairs = row_tiles * member.width // 8
@@ -122,15 +122,20 @@ def products(member: sass.Member, architecture: str) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("source", MMA, ids=str)
-@pytest.mark.parametrize("generation", ["own", "sm_120a"])
-def test_a_tile_has_the_products_counted_by_hand_and_its_numbers_in_registers(source, generation):
+GENERATIONS = {"sm80": ("sm_80", "sm_86", "sm_120a"), "sm89": ("sm_89", "sm_120a")}
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [(source, code) for source in MMA for code in GENERATIONS[source.parent.name]],
+    ids=str,
+)
+def test_a_tile_has_the_products_counted_by_hand_and_its_numbers_in_registers(source, architecture):
     """Beside tails and the mean of Q, that is: the way through the loop over keys that is common.
 
     Sums and scores are in registers; beside those of 128 channels some addresses are not, to which
     less than a hundredth of the instructions goes. Masks take registers that there are not.
     """
-    architecture = f"sm_{source.parent.name[2:]}" if generation == "own" else generation
     members = set()
     for name, code in sass.kernels(built(source), architecture).items():
         member, tile = sass.member(name), sass.tile(code)
