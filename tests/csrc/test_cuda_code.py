@@ -134,7 +134,7 @@ def test_a_tile_has_the_products_counted_by_hand_and_its_numbers_in_registers(so
     """Beside tails and the mean of Q, that is: the way through the loop over keys that is common.
 
     Sums and scores are in registers; beside those of 128 channels some addresses are not, to which
-    less than a hundredth of the instructions goes. Masks take registers that there are not.
+    less than a fiftieth of the instructions goes. Masks take registers that there are not.
     """
     members = set()
     for name, code in sass.kernels(built(source), architecture).items():
@@ -143,7 +143,7 @@ def test_a_tile_has_the_products_counted_by_hand_and_its_numbers_in_registers(so
         found = Counter(i.product for i in tile if i.opcode in sass.TENSOR_CORE)
         assert found == products(member, architecture), member
         spilled = sum(i.opcode in sass.SPILLS for i in tile)
-        assert member.has_mask or spilled < len(tile) / 100, (member, spilled, len(tile))
+        assert member.has_mask or spilled < len(tile) / 50, (member, spilled, len(tile))
     formats = ("e4m3", "e4m3_fp16") if "sm89" in source.parts else ("bf16", "fp16", "fp16_fp16")
     assert members == {(qk, pv) for qk in ("int8", "int4") for pv in formats}
 
