@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_ring
 
 bf16, B = 1, D = 128. "one GPU" is torch_sage's unsplit op on all tokens, "one GPU, lse" the same
-with the LSE, whose exponentials are always exact: what each step of a ring computes. "torch" is
+with the LSE, whose exponentials are always exact; "ring, lse" returns it, too. "torch" is
 SDPA on one GPU, "torch ring" its context_parallel. Causal rings are in zigzag order. Times are
 those of the slowest rank from a common start until its device is idle, contenders in turn, medians.
 The steps of a ring call are timed on their own, too: their sum less its time is what overlaps.
@@ -142,11 +142,12 @@ def contenders(problem: Problem) -> dict[str, Callable[[], Any]]:
         "torch": on_one_gpu(
             lambda: F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
         ),
-        "ring": lambda: distributed.ring_attention_with_lse(*local, order=order, **options),
+        "ring": lambda: distributed.ring_attention(*local, order=order, **options),
+        "ring, lse": lambda: distributed.ring_attention_with_lse(*local, order=order, **options),
     }
     if heads % dist.get_world_size() == 0:
         contiguous = local if order == "contiguous" else problem.shards("contiguous")
-        calls["all-to-all"] = lambda: distributed.ulysses_attention_with_lse(*contiguous, **options)
+        calls["all-to-all"] = lambda: distributed.ulysses_attention(*contiguous, **options)
     return calls
 
 
@@ -156,7 +157,7 @@ def whole(output: Any, name: str, problem: Problem) -> Tensor:
         output = output.output
     if name.startswith(("one GPU", "torch")):
         return output
-    order = problem.order if name == "ring" else "contiguous"
+    order = problem.order if name.startswith("ring") else "contiguous"
     return distributed.unshard_sequence(output, order=order)
 
 
@@ -172,12 +173,16 @@ def steps_of_ring(problem: Problem) -> dict[str, Callable[[], Any]]:
         other = Part(0, tokens // 2, "none")
     else:
         other = own
-    found = [block.attend(query, part, None, None) for part in (own, other)]
+
+    def attend(part: Part) -> AttentionOutput:
+        return block.attend(query, part, None, None, wants_lse=False)
+
+    found = [attend(part) for part in (own, other)]
     return {
         "quantize": lambda: quantize(key, value, recipe),
         "pack": block.pack,
-        "first step": lambda: block.attend(query, own, None, None),
-        "other step": lambda: block.attend(query, other, None, None),
+        "first step": lambda: attend(own),
+        "other step": lambda: attend(other),
         "merge two": lambda: ring.merge(iter([(part, 0) for part in found])),
         "messages": lambda: deque(ring._rotate(packet, group), maxlen=0),
     }
@@ -319,10 +324,9 @@ def bytes_in_16_bits(name: str, problem: Problem) -> int:
     """Return what a rank would send with keys and values in 16 bits."""
     size = dist.get_world_size()
     tensor = problem.key.nbytes // size  # this rank's tokens of any of Q, K, V and the output
-    if name == "ring":
+    if name.startswith("ring"):
         return 2 * tensor * (size - 1)
-    lse = problem.query.shape[1] * problem.query.shape[2] // size * 4
-    return (4 * tensor + lse) * (size - 1) // size
+    return 4 * tensor * (size - 1) // size
 
 
 # Everything about one problem.
@@ -366,7 +370,7 @@ def measure(problem: Problem, arguments: argparse.Namespace, device: torch.devic
         record: Record = {}
         if result is not None:
             record["error"] = relative_l1(whole(result, name, problem), problem)
-        if name == "ring":
+        if name == "ring, lse":
             record["lse_error"] = lse_error(result, problem)
         if counts:
             record["bytes"] = sum(counts)
@@ -399,13 +403,13 @@ def faults(record: Record) -> list[str]:
     alone = record["contenders"]["one GPU"]["error"]
     title = f"{record['tokens']} tokens, {record['heads']} heads"
     found = []
-    for name in ("ring", "all-to-all"):
+    for name in ("ring", "ring, lse", "all-to-all"):
         error = record["contenders"].get(name, {}).get("error", 0.0)
         if not error <= MORE_ERROR * alone:
             found.append(
                 f"{title}: {name} must have the unsplit error {alone:.4f}, got {error:.4f}"
             )
-    lse = record["contenders"]["ring"]["lse_error"]
+    lse = record["contenders"]["ring, lse"]["lse_error"]
     if not lse <= MAX_LSE_ERROR:
         found.append(f"{title}: the merged LSE must be right to {MAX_LSE_ERROR}, got {lse:.1e}")
     return found

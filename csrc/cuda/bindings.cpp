@@ -58,6 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {
   m.impl("prepare_kv", TORCH_BOX(&prepare_kv));
   m.impl("attention_prepared", TORCH_BOX(&attention_prepared));
   m.impl("attention_prepared_with_lse", TORCH_BOX(&attention_prepared_with_lse));
+  m.impl("attention_prepared_part", TORCH_BOX(&attention_prepared_part));
 }
 
 }  // namespace

@@ -78,8 +78,8 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
 }
 
 Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request& request,
-              bool exact_exponential, int* work_counter, bool follows_prepare, int device,
-              cudaStream_t stream) {
+              bool exact_exponential, bool is_part, int* work_counter, bool follows_prepare,
+              int device, cudaStream_t stream) {
   auto [result, is_done] = new_result(query, kv.view.seqlen, kv.head_dim_v, request);
   if (is_done) return result;
   const FloatOperand q = vectorized(query);
@@ -108,6 +108,7 @@ Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request&
   params.output_rows = {result.output.stride(0), result.output.stride(1), result.output.stride(2)};
   params.lse = result.lse ? static_cast<float*>(result.lse->mutable_data_ptr()) : nullptr;
   params.exact_exponential = exact_exponential;
+  params.is_part = is_part;
   params.work_counter = work_counter;
   params.follows_prepare = follows_prepare;
   sm90::launch_attention(params, multiprocessors(device), stream);
@@ -150,7 +151,7 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   // Zeroed by the pre-pass, counted up by the attention kernel.
   int* work_counter = request.causal == Causal::kNone ? nullptr : reinterpret_cast<int*>(take(256));
   prepare(k, v, smoothing, kv, work_counter, stream);
-  return attend(q, kv, request, exact, work_counter, true, device, stream);
+  return attend(q, kv, request, exact, false, work_counter, true, device, stream);
 }
 
 // The addresses of prepared tensors, whose shapes are right.
@@ -165,7 +166,8 @@ void point_to(const Prepared& tensors, PreparedKv& view) {
 }
 
 Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seqlen_k,
-                       int64_t head_dim_v, const Request& request, const Text& exponential) {
+                       int64_t head_dim_v, const Request& request, const Text& exponential,
+                       bool is_part) {
   const bool exact = parse("exponential", exponential, kExact, "cuda");
   const int index = hopper_index("query", query);
   const DeviceGuard guard(index);
@@ -194,7 +196,13 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
       read("value_scales", value_scales, fp32, kv.value_scales()),
       read("value_shift", value_shift, fp32, kv.value_scales())};
   point_to(checked, kv.view);
-  return attend(q, kv, request, exact, nullptr, false, index, stream);
+  // Work is handed out one by one where it differs, and in rings, whose copies keep some
+  // multiprocessors busy; zero is zero in any dtype.
+  std::optional<Tensor> counter;
+  if (request.causal != Causal::kNone || request.wants_lse)
+    counter = torch::stable::new_zeros(query, {4});
+  int* work_counter = counter ? static_cast<int*>(counter->mutable_data_ptr()) : nullptr;
+  return attend(q, kv, request, exact, is_part, work_counter, false, index, stream);
 }
 
 }  // namespace
@@ -256,7 +264,8 @@ Tensor attention_prepared(const Tensor& query, const Tensor& key_codes, const Te
   return attend_prepared(query,
                          {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift},
                          seqlen_k, head_dim_v,
-                         read_request(attn_mask, causal, scale, output_order, false), exponential)
+                         read_request(attn_mask, causal, scale, output_order, false), exponential,
+                         false)
       .output;
 }
 
@@ -268,7 +277,19 @@ std::tuple<Tensor, Tensor> attention_prepared_with_lse(
     const Text& output_order) {
   const Result result = attend_prepared(
       query, {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift}, seqlen_k,
-      head_dim_v, read_request(attn_mask, causal, scale, output_order, true), exponential);
+      head_dim_v, read_request(attn_mask, causal, scale, output_order, true), exponential, false);
+  return {result.output, *result.lse};
+}
+
+std::tuple<Tensor, Tensor> attention_prepared_part(
+    const Tensor& query, const Tensor& key_codes, const Tensor& key_scales, const Tensor& key_mean,
+    const Tensor& value_codes, const Tensor& value_scales, const Tensor& value_shift,
+    int64_t seqlen_k, int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
+    const Text& causal, std::optional<double> scale, const Text& exponential,
+    const Text& output_order) {
+  const Result result = attend_prepared(
+      query, {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift}, seqlen_k,
+      head_dim_v, read_request(attn_mask, causal, scale, output_order, true), exponential, true);
   return {result.output, *result.lse};
 }
 

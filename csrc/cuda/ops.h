@@ -62,4 +62,12 @@ std::tuple<Tensor, Tensor> attention_prepared_with_lse(
     const Text& causal, std::optional<double> scale, const Text& exponential,
     const Text& output_order);
 
+// The same for merging: the LSE is that of the sum by which the output was divided.
+std::tuple<Tensor, Tensor> attention_prepared_part(
+    const Tensor& query, const Tensor& key_codes, const Tensor& key_scales, const Tensor& key_mean,
+    const Tensor& value_codes, const Tensor& value_scales, const Tensor& value_shift,
+    int64_t seqlen_k, int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
+    const Text& causal, std::optional<double> scale, const Text& exponential,
+    const Text& output_order);
+
 }  // namespace torch_sage::cuda

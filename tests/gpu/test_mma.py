@@ -35,7 +35,7 @@ from tests.gpu.shared import (
     on_gpu,
     random_case,
 )
-from tests.numerics import output_budget_use
+from tests.numerics import output_budget_use, same_bits
 
 BATCH = 20  # random cases of one test
 BATCHES = -(-int(os.environ.get("TORCH_SAGE_CASES", "200")) // BATCH)

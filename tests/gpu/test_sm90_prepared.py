@@ -22,7 +22,7 @@ from tests.gpu.sm90 import (
     value_image,
     width_of,
 )
-from tests.numerics import same_bits
+from tests.numerics import exact_attention, relative_l1, same_bits
 from torch_sage import reference
 from torch_sage.reference.quantize import AMAX_FLOOR, value_shift
 
@@ -166,6 +166,49 @@ def test_attention_is_that_of_the_whole_op(
     assert same_bits(found, expected) and found.stride() == expected.stride()
     found = OPS.attention_prepared_with_lse(*operands, **recipe)
     expected = OPS.sdpa_with_lse(*whole, **RECIPE, smooth=smooth, **recipe)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("causal", ["none", "bottom_right"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_parts_merge_to_what_all_keys_give(head_dim: int, causal: str) -> None:
+    """A part's sum has the errors of its probabilities, which its output was divided by."""
+    n, lengths = 700, (2048, 1300, 700)
+    q = torch.randn(1, 4, n, head_dim, device="cuda")
+    k, v = torch.randn(2, 1, 2, sum(lengths), head_dim, device="cuda")
+    k, v = 3 + k, 1 + v  # the mean of a part's keys is in its LSE
+    outputs, sums, exact = [], [], []
+    for keys, values in zip(k.split(lengths, 2), v.split(lengths, 2), strict=True):
+        prepared = OPS.prepare_kv(keys, values)
+        is_last = keys.shape[2] == n  # the others are before all queries
+        operands = (q, *prepared, keys.shape[2], head_dim, None, causal if is_last else "none")
+        output, lse = OPS.attention_prepared_part(*operands)
+        assert same_bits(output, OPS.attention_prepared(*operands))
+        outputs.append(output.double())
+        sums.append(lse.double())
+        exact.append(OPS.attention_prepared_with_lse(*operands)[1].double())
+    weights = torch.stack(sums).softmax(0)[..., None]
+    merged = (weights * torch.stack(outputs)).sum(0)
+    whole = exact_attention(q, k, v, None, causal)
+    at_once = OPS.sdpa(q, k, v, None, causal, **RECIPE, smooth="kv", exponential="mixed")
+    error, of_whole = (relative_l1(x, whole.output) for x in (merged, at_once))
+    assert error < 1.1 * of_whole
+    bias = torch.stack(sums) - torch.stack(exact)
+    # 1 % of a sum, most of it alike in all parts, which is what merging needs.
+    assert bias.abs().max() < 0.03 and bias.std() < 0.005
+    assert not same_bits(torch.stack(sums), torch.stack(exact))
+
+
+@pytest.mark.parametrize("what", [{"exponential": "exact"}, {"attn_mask": "bool"}])
+def test_parts_with_exact_exponentials_have_the_exact_lse(what: dict[str, str]) -> None:
+    q, k, v = torch.randn(3, 2, 4, 300, 64, device="cuda").unbind()
+    mask = torch.rand(300, 300, device="cuda") > 0.5 if "attn_mask" in what else None
+    options = {"exponential": what.get("exponential", "mixed")}
+    operands = (q, *OPS.prepare_kv(k, v), 300, 64, mask)
+    found, expected = (
+        op(*operands, **options)
+        for op in (OPS.attention_prepared_part, OPS.attention_prepared_with_lse)
+    )
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 

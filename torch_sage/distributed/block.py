@@ -42,16 +42,30 @@ class Block(ABC):
 
     @abstractmethod
     def attention(
-        self, query: Tensor, attn_mask: Tensor | None, causal: str, scale: float | None
+        self,
+        query: Tensor,
+        attn_mask: Tensor | None,
+        causal: str,
+        scale: float | None,
+        wants_lse: bool,
     ) -> AttentionOutput:
-        """Return what queries find in all keys of the block."""
+        """Return what queries find in all keys of the block.
+
+        Unless its caller wants the LSE itself, that may be any with which parts merge.
+        """
 
     def attend(
-        self, query: Tensor, part: Part, attn_mask: Tensor | None, scale: float | None
+        self,
+        query: Tensor,
+        part: Part,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        wants_lse: bool,
     ) -> AttentionOutput:
         """Return what the queries of ``part`` find in the keys of ``part``."""
         seen = self if part.keys == self.tokens else self.prefix(part.keys)
-        return seen.attention(query[:, :, part.first_query :], attn_mask, part.causal, scale)
+        queries = query[:, :, part.first_query :]
+        return seen.attention(queries, attn_mask, part.causal, scale, wants_lse)
 
     def of_heads(self, first: int, heads: int) -> Block:
         """Return the block of ``heads`` key heads from ``first`` on."""

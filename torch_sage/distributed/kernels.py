@@ -68,9 +68,15 @@ class PartsBlock(Block):
         return replace(self, operands=operands, tokens=tokens)
 
     def attention(
-        self, query: Tensor, attn_mask: Tensor | None, causal: str, scale: float | None
+        self,
+        query: Tensor,
+        attn_mask: Tensor | None,
+        causal: str,
+        scale: float | None,
+        wants_lse: bool,
     ) -> AttentionOutput:
-        """Attend by ``attention_with_lse``."""
+        """Attend by ``attention_with_lse``: there is no faster way."""
+        del wants_lse
         output, lse = ops.attention_with_lse(
             query,
             *self.operands,
@@ -106,10 +112,16 @@ class PreparedBlock(Block):
         return replace(self, operands=operands, tokens=tokens)
 
     def attention(
-        self, query: Tensor, attn_mask: Tensor | None, causal: str, scale: float | None
+        self,
+        query: Tensor,
+        attn_mask: Tensor | None,
+        causal: str,
+        scale: float | None,
+        wants_lse: bool,
     ) -> AttentionOutput:
-        """Attend by ``attention_prepared_with_lse``."""
-        output, lse = ops.attention_prepared_with_lse(
+        """Attend by ``attention_prepared_with_lse``, or faster for merging alone."""
+        op = ops.attention_prepared_with_lse if wants_lse else ops.attention_prepared_part
+        output, lse = op(
             query,
             *self.operands,
             self.tokens,

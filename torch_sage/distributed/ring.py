@@ -63,19 +63,8 @@ def ring_attention(
 
     Source: Ring Attention (arXiv 2310.01889), SageAttention (arXiv 2410.02367).
     """
-    return ring_attention_with_lse(
-        query,
-        key,
-        value,
-        attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        group=group,
-        order=order,
-        config=config,
-        check_ranks=check_ranks,
-    ).output
+    options = (is_causal, scale, enable_gqa, group, order, config, check_ranks)
+    return _ring(query, key, value, attn_mask, *options, wants_lse=False).output
 
 
 def ring_attention_with_lse(
@@ -93,6 +82,25 @@ def ring_attention_with_lse(
     check_ranks: bool = True,
 ) -> AttentionOutput:
     """Compute ``ring_attention`` and the natural-log LSE [B, Hq, N] of its scores, in fp32."""
+    options = (is_causal, scale, enable_gqa, group, order, config, check_ranks)
+    return _ring(query, key, value, attn_mask, *options, wants_lse=True)
+
+
+def _ring(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    group: Group,
+    order: Order,
+    config: SageConfig | str | None,
+    check_ranks: bool,
+    *,
+    wants_lse: bool,
+) -> AttentionOutput:
     ring = as_process_group(group)
     rank, size = dist.get_rank(ring), dist.get_world_size(ring)
 
@@ -122,7 +130,8 @@ def ring_attention_with_lse(
             part = visible_part(order, is_causal, tokens, rank, source)
             if part is not None:
                 mask = call.mask_columns(attn_mask, source, tokens)
-                yield own.unpack(packet).attend(query, part, mask, scale), part.first_query
+                block = own.unpack(packet)
+                yield block.attend(query, part, mask, scale, wants_lse), part.first_query
 
     return merge(parts())
 

@@ -62,8 +62,9 @@ def ulysses_attention(
     """
     ranks = as_process_group(group)
     result = _attend_heads(
-        query, key, value, attn_mask, is_causal, scale, enable_gqa, ranks, config, check_ranks
-    )
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, ranks, config, check_ranks,
+        wants_lse=False,
+    )  # fmt: skip
     return _heads_to_tokens(result.output, ranks)
 
 
@@ -83,8 +84,9 @@ def ulysses_attention_with_lse(
     """Compute ``ulysses_attention`` and the natural-log LSE [B, Hq, N] of its scores, in fp32."""
     ranks = as_process_group(group)
     result = _attend_heads(
-        query, key, value, attn_mask, is_causal, scale, enable_gqa, ranks, config, check_ranks
-    )
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, ranks, config, check_ranks,
+        wants_lse=True,
+    )  # fmt: skip
     lse = _heads_to_tokens(result.lse[..., None], ranks)
     return AttentionOutput(_heads_to_tokens(result.output, ranks), lse[..., 0])
 
@@ -100,6 +102,8 @@ def _attend_heads(
     ranks: dist.ProcessGroup,
     config: SageConfig | str | None,
     check_ranks: bool,
+    *,
+    wants_lse: bool,
 ) -> AttentionOutput:
     """Return the result for this rank's heads and all tokens, [B, Hq / W, W * N, Dv]."""
     rank, size = dist.get_rank(ranks), dist.get_world_size(ranks)
@@ -136,7 +140,7 @@ def _attend_heads(
     _wait(arrival)
     mask = _mask_heads(attn_mask, rank * heads_q, heads_q)
     blocks = [by_rank[rank].unpack(packet) for packet in packets]
-    return merge(_attend_blocks(heads_query, blocks, mask, is_causal, scale))
+    return merge(_attend_blocks(heads_query, blocks, mask, is_causal, scale, wants_lse))
 
 
 def _attend_blocks(
@@ -145,13 +149,14 @@ def _attend_blocks(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    wants_lse: bool,
 ) -> Iterator[tuple[AttentionOutput, int]]:
     """Attend to the blocks of all ranks, in ascending order of tokens."""
     tokens = blocks[0].tokens
     for source, block in enumerate(blocks):
         part = Part(source * tokens, tokens, "top_left") if is_causal else Part(0, tokens, "none")
         mask = call.mask_columns(attn_mask, source, tokens)
-        yield block.attend(query, part, mask, scale), part.first_query
+        yield block.attend(query, part, mask, scale, wants_lse), part.first_query
 
 
 def _mask_heads(attn_mask: Tensor | None, first: int, heads: int) -> Tensor | None:

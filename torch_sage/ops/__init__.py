@@ -27,6 +27,7 @@ sdpa_with_lse = torch.ops.torch_sage.sdpa_with_lse.default
 prepare_kv = torch.ops.torch_sage.prepare_kv.default
 attention_prepared = torch.ops.torch_sage.attention_prepared.default
 attention_prepared_with_lse = torch.ops.torch_sage.attention_prepared_with_lse.default
+attention_prepared_part = torch.ops.torch_sage.attention_prepared_part.default
 
 exact_sdpa = torch.ops.torch_sage.exact_sdpa.default
 exact_softmax = torch.ops.torch_sage.exact_softmax.default

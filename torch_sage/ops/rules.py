@@ -207,6 +207,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "attention_with_lse": _quantized_attention_flops,
     "attention_prepared": _prepared_attention_flops,
     "attention_prepared_with_lse": _prepared_attention_flops,
+    "attention_prepared_part": _prepared_attention_flops,
     "sdpa": _attention_flops,
     "sdpa_with_lse": _attention_flops,
 }

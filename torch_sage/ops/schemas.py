@@ -75,12 +75,23 @@ DEFINITIONS: dict[str, str] = {
         f" int head_dim_v, {_SEMANTICS}, *, str exponential='mixed',"
         " str output_order='bhsd') -> (Tensor output, Tensor lse)"
     ),
+    "attention_prepared_part": (
+        "(Tensor query, Tensor key_codes, Tensor key_scales, Tensor key_mean,"
+        " Tensor value_codes, Tensor value_scales, Tensor value_shift, SymInt seqlen_k,"
+        f" int head_dim_v, {_SEMANTICS}, *, str exponential='mixed',"
+        " str output_order='bhsd') -> (Tensor output, Tensor lse)"
+    ),
 }
 
 WHOLE = ("sdpa", "sdpa_with_lse")
 """The ops that run every recipe of a device."""
 
-PREPARED = ("prepare_kv", "attention_prepared", "attention_prepared_with_lse")
+PREPARED = (
+    "prepare_kv",
+    "attention_prepared",
+    "attention_prepared_with_lse",
+    "attention_prepared_part",
+)
 """The ops of one row of the recipe table alone (``recipes.PREPARED``)."""
 
 for _name, _schema in DEFINITIONS.items():
@@ -262,6 +273,17 @@ def attention_prepared(
 @_fake("attention_prepared_with_lse")
 def attention_prepared_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
+    return attention_prepared(query, *args, **kwargs), empty_lse(query)
+
+
+@_fake("attention_prepared_part")
+def attention_prepared_part(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Shapes as of ``attention_prepared_with_lse``.
+
+    The LSE, [B, Hq, N] fp32, is for merging parts: the logarithm of the sum that the output was
+    divided by, of probabilities as they were rounded. Outputs weighted by it add up to what one
+    call for all keys returns; as a log-sum-exp it is off by the error of those, 1 % or less.
+    """
     return attention_prepared(query, *args, **kwargs), empty_lse(query)
 
 

@@ -22,6 +22,7 @@ constexpr int kStepsPerGroup = kValueGroup / kKeys;
 
 enum class Mode {
   kMixed,   // no mask, no LSE; part of the exponentials by the linear mantissa
+  kPart,    // the same, and the log of the sum that the output was divided by
   kExact,   // no mask; hardware exponentials, LSE if asked for
   kMasked,  // the same with any mask
 };
@@ -32,9 +33,11 @@ struct Config {
   static constexpr int kWidth = kWidth_;
   static constexpr bool kHasMask = kMode == Mode::kMasked;
   static constexpr bool kHasLse = kMode != Mode::kMixed;
+  // Whether the LSE has a sum of its own, of probabilities that are exact.
+  static constexpr bool kSumsExactly = kMode == Mode::kExact || kMode == Mode::kMasked;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
-  static constexpr int kExactColumns = kMode == Mode::kMixed ? 1 : 4;
+  static constexpr int kExactColumns = kSumsExactly ? 4 : 1;
 
   // With kThreads of 4 warpgroups, all 65536 registers of a multiprocessor.
   static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;

@@ -232,7 +232,7 @@ class Consumer {
         const float larger = fmaxf(max_[h], top[h]);
         factor[h] = decay(max_[h], larger);
         max_[h] = larger;
-        if constexpr (C::kHasLse) sum_[h] *= factor[h];
+        if constexpr (C::kSumsExactly) sum_[h] *= factor[h];
       }
     }
     if constexpr (C::kHasMask) {
@@ -240,7 +240,7 @@ class Consumer {
     } else {
       exponentiate_scores<kHasHidden>(first_key(n), scale);
     }
-    if constexpr (C::kHasLse) {
+    if constexpr (C::kSumsExactly) {
 #pragma unroll
       for (int i = 0; i < kScores; i++) sum_[i >> 1 & 1] += __int_as_float(s_[i]);
     }
@@ -525,7 +525,7 @@ class Consumer {
 
   __device__ __forceinline__ void write(const Place& place, const float* scales,
                                         const float (&top)[2], float (&poison)[2],
-                                        float (&exact_sum)[2], const float (&lse_shift)[2]) {
+                                        float (&lse_sum)[2], const float (&lse_shift)[2]) {
     float old[2], inverse[2], sum[2];
     bool attends[2];
     float2 total = make_float2(0, 0);
@@ -536,14 +536,16 @@ class Consumer {
       old[h] = decay(buffer_max_[h], top[h]);
       poison[h] += __shfl_xor_sync(~0u, poison[h], 1);
       poison[h] += __shfl_xor_sync(~0u, poison[h], 2);
-      if constexpr (C::kHasLse) {
-        exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 1);
-        exact_sum[h] += __shfl_xor_sync(~0u, exact_sum[h], 2);
-        poison[h] = exact_sum[h] * 0.f;
+      if constexpr (C::kSumsExactly) {
+        lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 1);
+        lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 2);
+        poison[h] = lse_sum[h] * 0.f;
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
       sum[h] = group_sum(h);
-      inverse[h] = __fdividef(1.f, fmaf(h ? total.y : total.x, old[h], sum[h])) + poison[h];
+      const float divisor = fmaf(h ? total.y : total.x, old[h], sum[h]);
+      inverse[h] = __fdividef(1.f, divisor) + poison[h];
+      if constexpr (C::kHasLse && !C::kSumsExactly) lse_sum[h] = divisor + poison[h];
     }
     const bool all_attend = __all_sync(~0u, attends[0] && attends[1]);
     if constexpr (C::kHasLse) {
@@ -551,7 +553,7 @@ class Consumer {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const float lse =
-              (top[h] - kOffset + __log2f(exact_sum[h])) * 0.6931471805599453f + lse_shift[h];
+              (top[h] - kOffset + __log2f(lse_sum[h])) * 0.6931471805599453f + lse_shift[h];
           store_lse(p_, place, h, attends[h] ? lse : -INFINITY);
         }
       }
