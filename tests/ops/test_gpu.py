@@ -226,8 +226,9 @@ def test_dynamo_asks_which_gpu_it_is(hopper: None, strict: bool) -> None:
 def test_attention_in_parts_takes_the_row_that_has_parts(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ring attention quantizes K and V by ops that the kernels for 9.0 have no part in."""
+    """Ring attention quantizes K and V by ops that the mma.sync kernels have no part in."""
     semantics: dict[str, Any] = {"is_causal": False, "scale": None, "enable_gqa": False}
+    monkeypatch.setattr(devices, "capability", lambda index: (8, 9))
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     recipe = accept(*fakes(), **semantics, config=None)
     assert recipe.name == "int8.token/bf16/smooth-k"
