@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import local_map
 
-import torch_sage
+import torch_sage.distributed
 from tests.distributed.launch import launch
 from tests.distributed.sharded import (
     ALWAYS,
@@ -27,10 +28,12 @@ from tests.distributed.sharded import (
     run_sharded,
 )
 from torch_sage import _extension, ops
+from torch_sage.recipes import SUPPORT
 
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason=_extension.unavailable_reason() or ""
 )
+SUPPORT_OF_GPUS = [support for row, support in SUPPORT.items() if row.startswith("cuda")]
 GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
 MASKS = [(130, 130), (1, 130), (4, 130, 130), (1, 1, 130), (2, 1, 130, 130), (2, 4, 1, 130)]
 # A mask of three dimensions makes torch 2.11 flatten sharded ones, which its DTensor refuses.
@@ -193,6 +196,34 @@ def test_torch_sdpa_on_cpu_takes_dtensors(found: dict[str, Any]) -> None:
 
 def test_torch_sdpa_on_cpu_refuses_a_sharded_mask(found: dict[str, Any]) -> None:
     assert "attn_mask must be replicated" in found["torch, sharded mask"]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ops_of_gpus_are_judged_as_on_gpus(axis: int) -> None:
+    """DTensor of torch 2.11 traced every op on CPU, which refused the recipes of a mesh of GPUs.
+
+    Fakes need no GPU, and no other rank.
+    """
+    placements = (Shard(axis),)
+    mesh = DeviceMesh("cuda", [0, 1], _init_backend=False, _rank=0)
+    ours = torch.ops.torch_sage
+    with FakeTensorMode(), torch.no_grad():
+        local = [torch.empty(2, heads, 130, 16, device="cuda") for heads in (4, 2, 2)]
+        q, k, v = (DTensor.from_local(x, mesh, placements, run_check=False) for x in local)
+        prepared = ours.prepare_kv(k, v)
+        results = [
+            *prepared,
+            *ours.attention_prepared_with_lse(q, *prepared, 130, 16),
+            ours.attention_prepared(q, *prepared, 130, 16),
+            *ours.quantize_value(v, pv="fp16"),
+            *(ours.sdpa(q, k, v, **row.default.op_kwargs()) for row in SUPPORT_OF_GPUS),
+        ]
+    for result in results:
+        assert result.placements == placements
+        assert result.device.type == result.to_local().device.type == "cuda"
+        sizes = [*result.to_local().shape]
+        sizes[axis] *= 2
+        assert [*result.shape] == sizes
 
 
 @pytest.mark.parametrize("name", MODELS)

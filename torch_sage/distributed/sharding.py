@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import TensorMeta
+from torch.distributed.tensor._op_schema import _rebuild_tensor_from_dtensor_meta
 from torch.distributed.tensor.experimental import register_sharding
 
 from torch_sage.ops.schemas import DEFINITIONS
@@ -27,8 +30,11 @@ _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 def register() -> None:
     """Give every op its rule."""
-    for name in DEFINITIONS:
-        _register(getattr(torch.ops.torch_sage, name).default)
+    ours = [getattr(torch.ops.torch_sage, name).default for name in DEFINITIONS]
+    for op in ours:
+        _register(op)
+    if _traces_on_cpu():
+        _trace_on_device_of_mesh(frozenset(ours))
 
 
 def register_cpu_sdpa_sharding() -> None:
@@ -51,6 +57,31 @@ def _register(op: torch._ops.OpOverload[..., Any]) -> None:
     keywords = [argument.name for argument in op._schema.arguments if argument.kwarg_only]
     schemas = propagator.op_to_schema_info
     schemas[op] = replace(schemas[op], static_kwargkey=keywords)
+
+
+def _traces_on_cpu() -> bool:
+    """Return whether torch makes the fakes of sharding propagation on CPU, whatever the mesh is.
+
+    2.11 does; 2.13 makes them on the device of the mesh.
+    """
+    mesh = SimpleNamespace(device_type="meta")
+    meta = TensorMeta(torch.Size([1]), (1,), torch.int8)
+    fake: Any = _rebuild_tensor_from_dtensor_meta(SimpleNamespace(mesh=mesh, tensor_meta=meta))
+    return bool(fake.device.type == "cpu")
+
+
+def _trace_on_device_of_mesh(ops: frozenset[Any]) -> None:
+    """Make the fakes of ``ops`` where their DTensors are: which recipes there are depends on it."""
+    propagator = _propagator()
+    propagate = propagator._propagate_tensor_meta_non_cached
+
+    def propagate_there(schema: Any) -> Any:
+        if schema.op not in ops:
+            return propagate(schema)
+        with torch.device(schema.args_spec[0].mesh.device_type):
+            return propagate(schema)
+
+    propagator._propagate_tensor_meta_non_cached = propagate_there
 
 
 def _propagator() -> Any:
