@@ -1,15 +1,19 @@
-"""AOTInductor packages on a GPU: compiled, loaded and run, each in a process of its own.
+"""An AOTInductor package on a GPU: compiled, loaded and run, each in a process of its own.
 
-A process that dies or hangs takes no other test with it, and shows what it said. The package of the
-same model with torch's own attention tells whether torch's part works on this machine.
+A process that dies or hangs takes no other test with it, and shows what it said: how long each of
+its phases took, and the error. ``pytest -rP tests/gpu/test_aoti.py`` shows the times of tests that
+pass, too.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,15 +24,23 @@ from tests.csrc.isas import ROOT, run_python
 from tests.numerics import relative_l1
 from tests.without_package import run_without_package
 
-# Load a package and run it on two batch sizes, each twice.
+# One package for all tests: one worker of pytest-xdist runs them.
+pytestmark = pytest.mark.xdist_group("AOTInductor")
+
+# Load a package and run it on every batch size, twice.
 RUN = """
+import time
 torch.backends.cudnn.allow_tf32 = False
+start = time.perf_counter()
 run = torch._inductor.aoti_load_package(sys.argv[-2])
+loaded = time.perf_counter()
+print(f"load: {loaded - start:.1f} s", flush=True)
 inputs = torch.load(sys.argv[-1])["inputs"]
 with torch.no_grad():
     outputs = [run(x) for x in inputs]
     assert all(torch.equal(run(x), y) for x, y in zip(inputs, outputs)), "bits must repeat"
-torch.save(outputs, sys.argv[-1] + ".outputs")
+print(f"run: {time.perf_counter() - loaded:.1f} s", flush=True)
+torch.save(outputs, sys.argv[-3])
 """
 # Where the driver's library is, and which GPUs may be used.
 GPU_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
@@ -39,83 +51,103 @@ PROCESSES = {
     "with the library alone": lambda *files: run_without_package(
         RUN, *files, PYTHONFAULTHANDLER="1"
     ),
-    "with torch alone": lambda *files: run_python(
-        "-c",
-        f"import sys, torch; sys.modules['torch_sage'] = None\n{RUN}",
-        *map(str, files),
-        PYTHONFAULTHANDLER="1",
-    ),
 }
 
 
-def succeed(process: Callable[[], subprocess.CompletedProcess[str]]) -> None:
+class Made(NamedTuple):
+    """What threads are making: the folder of the package, and the C++ program."""
+
+    package: Future[Path]
+    program: Future[Path]
+
+
+def succeed(process: Callable[[], subprocess.CompletedProcess[str]]) -> str:
+    """Return what a process printed; if it fails, or is late, show it."""
     try:
         done = process()
     except subprocess.TimeoutExpired as late:
-        pytest.fail(f"{late}\n{late.stdout}\n{late.stderr}")
+        said = [(said or b"").decode() for said in (late.stdout, late.stderr)]
+        pytest.fail(f"{late}\n{said[0][-4000:]}{said[1][-8000:]}")
     told = done.stdout[-4000:] + done.stderr[-8000:]
     assert done.returncode == 0, f"exit status {done.returncode}\n{told}"
+    return done.stdout
 
 
-def make_package(folder: Path, *options: str) -> Path:
-    arguments = ("-m", "tests.gpu.aoti", str(folder), *options)
+def make_package(folder: Path) -> Path:
     cache = str(folder / "inductor")
-    succeed(lambda: run_python(*arguments, TORCHINDUCTOR_CACHE_DIR=cache, PYTHONFAULTHANDLER="1"))
+    arguments = ("-m", "tests.gpu.aoti", str(folder))
+    told = succeed(
+        lambda: run_python(*arguments, TORCHINDUCTOR_CACHE_DIR=cache, PYTHONFAULTHANDLER="1")
+    )
+    sys.stdout.write(f"the package\n{told}")
     return folder
 
 
+def make_program(folder: Path) -> Path:
+    """Build the example with the libraries of this torch."""
+    torch_folder = f"-DTORCH_FOLDER={Path(torch.__file__).parent}"
+    source = str(ROOT / "examples" / "aoti_cpp")
+    for command in (["-S", source, "-B", str(folder), torch_folder], ["--build", str(folder)]):
+        succeed(lambda command=command: run_tool("cmake", *command))
+    return folder / "dinov2"
+
+
+def run_tool(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
 def run_package(folder: Path, process: str) -> list[Tensor]:
-    tensors = folder / "tensors.pt"
-    succeed(lambda: PROCESSES[process](folder / "package.pt2", tensors))
-    outputs: list[Tensor] = torch.load(f"{tensors}.outputs")
+    results = folder / f"{process}.pt"
+    files = (results, folder / "package.pt2", folder / "tensors.pt")
+    told = succeed(lambda: PROCESSES[process](*files))
+    sys.stdout.write(f"{process}\n{told}")
+    outputs: list[Tensor] = torch.load(results)
     return outputs
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a package whose attention is quantized."""
-    return make_package(tmp_path_factory.mktemp("package"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """The package and the program, made side by side."""
+    with ThreadPoolExecutor() as threads:
+        package = threads.submit(make_package, tmp_path_factory.mktemp("package"))
+        program = threads.submit(make_program, tmp_path_factory.mktemp("program"))
+        yield Made(package, program)
 
 
-def test_torch_itself_runs_a_package_here(tmp_path: Path) -> None:
-    """If this fails, so must the others, whatever our kernels do."""
-    folder = make_package(tmp_path, "--exact")
-    exact = torch.load(folder / "tensors.pt")["exact"]
-    for output, expected in zip(run_package(folder, "with torch alone"), exact, strict=True):
-        assert relative_l1(output, expected) < 1e-4
+@pytest.fixture(scope="module")
+def outputs(made: Made) -> dict[str, Future[list[Tensor]]]:
+    """What the package gives in each process; they run side by side."""
+    folder = made.package.result()
+    with ThreadPoolExecutor() as threads:
+        return {name: threads.submit(run_package, folder, name) for name in PROCESSES}
 
 
-@pytest.mark.parametrize("process", ["with torch_sage", "with the library alone"])
-def test_package_computes_what_the_model_does(package: Path, process: str) -> None:
-    """The error of quantization is that of the eager model; the two processes agree to the bit."""
-    tensors = torch.load(package / "tensors.pt")
-    outputs = run_package(package, process)
-    for i, output in enumerate(outputs):
-        exact, quantized = tensors["exact"][i], tensors["quantized"][i]
+@pytest.mark.parametrize("process", PROCESSES)
+def test_package_computes_what_the_model_does(
+    made: Made, outputs: dict[str, Future[list[Tensor]]], process: str
+) -> None:
+    """The error of quantization is that of the eager model, for every batch size."""
+    tensors = torch.load(made.package.result() / "tensors.pt")
+    columns = (outputs[process].result(), tensors["exact"], tensors["quantized"])
+    for output, exact, quantized in zip(*columns, strict=True):
         error, eager = relative_l1(output, exact), relative_l1(quantized, exact)
         assert eager / 1.1 < error < 1.1 * eager
-    here = run_package(package, "with torch_sage")
-    assert all(torch.equal(a, b) for a, b in zip(outputs, here, strict=True))
 
 
-def test_cpp_program_without_python(tmp_path: Path) -> None:
+def test_package_gives_the_same_bits_without_torch_sage(
+    outputs: dict[str, Future[list[Tensor]]],
+) -> None:
+    for a, b in zip(*(outputs[name].result() for name in PROCESSES), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_cpp_program_without_python(made: Made, outputs: dict[str, Future[list[Tensor]]]) -> None:
     """The example, with the libraries of this torch and no environment but that of the GPU."""
-    folder = make_package(tmp_path, "--one")
-    (expected,) = run_package(folder, "with torch_sage")
-    build = tmp_path / "build"
-    torch_folder = f"-DTORCH_FOLDER={Path(torch.__file__).parent}"
-    configure = ["cmake", "-S", ROOT / "examples" / "aoti_cpp", "-B", build, torch_folder]
-    program = [build / "dinov2", torch_sage.library_path(), folder / "package.pt2"]
+    folder = made.package.result()
+    program = [made.program.result(), torch_sage.library_path(), folder / "package.pt2"]
     environment = {name: os.environ[name] for name in GPU_VARIABLES if name in os.environ}
-    succeed(lambda: subprocess.run(configure, capture_output=True, text=True))
-    succeed(lambda: subprocess.run(["cmake", "--build", build], capture_output=True, text=True))
-    done = subprocess.run(
-        [*program, folder / "photograph.f32", "cuda"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    succeed(lambda: done)
-    printed = torch.tensor([float(line) for line in done.stdout.splitlines()])
-    torch.testing.assert_close(printed, expected[0, 0].cpu(), atol=1e-5, rtol=0)
+    arguments = [*program, folder / "photograph.f32", "cuda"]
+    printed = succeed(lambda: run_tool(*map(str, arguments), env=environment))
+    features = torch.tensor([float(line) for line in printed.splitlines()])
+    expected = outputs["with torch_sage"].result()[-1][0, 0].cpu()
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
