@@ -196,7 +196,7 @@ def test_parts_merge_to_what_all_keys_give(head_dim: int, causal: str) -> None:
     bias = torch.stack(sums) - torch.stack(exact)
     # 1 % of a sum, most of it alike in all parts, which is what merging needs.
     assert bias.abs().max() < 0.03 and bias.std() < 0.005
-    assert not same_bits(torch.stack(sums), torch.stack(exact))
+    assert bias.abs().max() > 0
 
 
 @pytest.mark.parametrize("what", [{"exponential": "exact"}, {"attn_mask": "bool"}])

@@ -465,9 +465,11 @@ class Warp {
             const float scale = scales == nullptr ? 1.f : scales[column];
             const float rest = mean == nullptr ? 0.f : mean[column];
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-              x[h][k][b] =
-                  attends[h] ? fmaf(output_[i][j + k][2 * h + b] * inverse[h], scale, rest) : 0.f;
+            for (int h = 0; h < 2; h++) {
+              const float value = fmaf(output_[i][j + k][2 * h + b] * inverse[h], scale, rest);
+              // Infinity becomes NaN, or it would be stored as the largest number.
+              x[h][k][b] = attends[h] ? fmaf(value, 0.f, value) : 0.f;
+            }
           }
         store_columns(p_, place, j, quad, x);
       }

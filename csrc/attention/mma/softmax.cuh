@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "attention/mask.cuh"
 #include "attention/mma/config.cuh"
@@ -61,12 +62,20 @@ __device__ __forceinline__ void add_mask(const AttentionParams& p, const char* m
       const int above = first_row + 16 * i + 8 * h;
       visit_mask(p, [&](auto* typed) {
         const auto* elements = reinterpret_cast<decltype(typed)>(mask);
+        using Element = std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>;
+        constexpr int kAtOnce = 4;  // on their way before the first is used: few registers are left
 #pragma unroll 1
-        for (int n = lane; n < 8 * kKeys; n += 32) {
-          const int row = above + n / kKeys, key = first_key + n % kKeys;
-          if (row < p.seqlen_q && key < p.kv.seqlen)
-            biases[n / kKeys * C::kBiasStride + n % kKeys] =
-                bias_of(elements[row * p.mask_stride_n + key * p.mask_stride_m]);
+        for (int first = 0; first < 8; first += kAtOnce / 2) {
+          Element own[kAtOnce];
+#pragma unroll
+          for (int n = 0; n < kAtOnce; n++) {
+            const int row = above + first + n / 2, key = first_key + n % 2 * 32 + lane;
+            if (row < p.seqlen_q && key < p.kv.seqlen)
+              own[n] = elements[row * p.mask_stride_n + key * p.mask_stride_m];
+          }
+#pragma unroll
+          for (int n = 0; n < kAtOnce; n++)
+            biases[(first + n / 2) * C::kBiasStride + n % 2 * 32 + lane] = bias_of(own[n]);
         }
       });
       __syncwarp();
@@ -146,9 +155,9 @@ struct Softmax {
             float& element = x[i][j][2 * h + b];
             element = exp2_approx(kAreLogits ? element - origin : fmaf(element, factor, -origin));
           }
-        if constexpr (C::kPv == Pv::kE4m3Fp16) {
+        if constexpr (C::kHasFp16Accumulator) {
           // The maximum's own probability is P_r but for the rounding of `next`. Where that could
-          // show in E4M3, 64 of them could overflow fp16.
+          // show in P's format, 64 of them could overflow fp16.
           if (fabsf(next) > 0x1p15f) {
 #pragma unroll
             for (int j = 0; j < kKeyColumns; j++)
