@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -401,34 +402,32 @@ def measure(problem: Problem, arguments: argparse.Namespace, device: torch.devic
 def faults(record: Record) -> list[str]:
     """Return what is wrong with the answers."""
     alone = record["contenders"]["one GPU"]["error"]
-    title = f"{record['tokens']} tokens, {record['heads']} heads"
+    where = title(record)
     found = []
     for name in ("ring", "ring, lse", "all-to-all"):
         error = record["contenders"].get(name, {}).get("error", 0.0)
         if not error <= MORE_ERROR * alone:
             found.append(
-                f"{title}: {name} must have the unsplit error {alone:.4f}, got {error:.4f}"
+                f"{where}: {name} must have the unsplit error {alone:.4f}, got {error:.4f}"
             )
     lse = record["contenders"]["ring, lse"]["lse_error"]
     if not lse <= MAX_LSE_ERROR:
-        found.append(f"{title}: the merged LSE must be right to {MAX_LSE_ERROR}, got {lse:.1e}")
+        found.append(f"{where}: the merged LSE must be right to {MAX_LSE_ERROR}, got {lse:.1e}")
     return found
 
 
 def rows(record: Record) -> list[list[str]]:
     """Return the lines of the table for one record."""
-    title = f"{record['tokens'] // 1024}k, {record['heads']}"
-    title += ", causal" if record["is_causal"] else ""
     alone = record["contenders"]["one GPU"]["time"]["median"]
     lines = []
     for name, c in record["contenders"].items():
         if "problem" in c:
-            lines.append([title, name, c["problem"], *[""] * 6])
+            lines.append([title(record), name, c["problem"], *[""] * 6])
             continue
         taken = c["time"]["median"]
         lines.append(
             [
-                title,
+                title(record),
                 name,
                 f"{taken:.2f}",
                 f"{alone / taken:.2f}",
@@ -440,6 +439,24 @@ def rows(record: Record) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def title(record: Record) -> str:
+    """Return the name of a problem."""
+    causal = ", causal" if record["is_causal"] else ""
+    return f"{record['tokens'] // 1024}k, {record['heads']}{causal}"
+
+
+def overview(records: list[Record]) -> str:
+    """Return the table of docs/distributed.md: ms, and how many times as fast as one GPU."""
+    names = list(records[0]["contenders"])
+    lines = [["tokens, heads", *names]]
+    for record in records:
+        contenders = record["contenders"]
+        alone = contenders["one GPU"]["time"]["median"]
+        taken = [contenders.get(name, {}).get("time", {}).get("median", math.nan) for name in names]
+        lines.append([title(record), *(f"{ms:.1f} ({alone / ms:.2f})" for ms in taken)])
+    return markdown(lines)
 
 
 HEAD = ["tokens, heads", "contender", "ms", "of one GPU", "TFLOPS", "MB sent (of 16 bits)"]
@@ -479,6 +496,7 @@ def work(rank: int, size: int, init_method: str, arguments: argparse.Namespace) 
                             arguments.json.write_text(text + "\n")
     if rank == 0:
         print("\n" + markdown([HEAD, *(line for record in records for line in rows(record))]))
+        print("\n" + overview(records))
         print("\n".join(wrong) or "every answer is right")
     dist.barrier()
     dist.destroy_process_group()

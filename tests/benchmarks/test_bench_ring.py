@@ -19,6 +19,8 @@ from tests.distributed.emulated import sm90_on_cpu
 from tests.distributed.launch import launch
 from torch_sage.distributed import kernels, ring
 
+NAMES = ["one GPU", "one GPU, lse", "torch", "ring", "ring, lse", "all-to-all"]
+
 
 def forgetful(*args: Any) -> Any:
     """Quantize, and forget the mean of K."""
@@ -49,16 +51,23 @@ def test_it_counts_bytes_and_errors_and_refuses_wrong_answers(tmp_path: Path) ->
         record = found[family]
         contenders = record["contenders"]
         assert record["recipe"].startswith(f"int8.{recipe}/")
-        assert list(contenders) == ["one GPU", "one GPU, lse", "torch", "ring", "all-to-all"]
+        assert list(contenders) == NAMES
         assert all(c["time"]["median"] > 0 for c in contenders.values())
-        assert share < contenders["ring"]["of_16_bits"] < share + 0.03
+        for name in ("ring", "ring, lse"):
+            assert share < contenders[name]["of_16_bits"] < share + 0.03
         assert contenders["ring"]["bytes"] < contenders["all-to-all"]["bytes"]
-        assert 0 < contenders["ring"]["lse_error"] < bench_ring.MAX_LSE_ERROR
+        assert 0 < contenders["ring, lse"]["lse_error"] < bench_ring.MAX_LSE_ERROR
         assert math.isclose(
             contenders["all-to-all"]["error"], contenders["ring"]["error"], rel_tol=0.3
         )
         assert set(record["steps"]) >= {"quantize", "first step", "other step", "messages"}
         assert len(bench_ring.rows(record)) == len(contenders)
+    head, _, *lines = bench_ring.overview([found["parts"], found["prepared"]]).splitlines()
+    assert head == "| tokens, heads | " + " | ".join(NAMES) + " |"
+    assert [line.startswith("| 1k, 2, causal | ") for line in lines] == [True, True]
+    assert all(line.split(" | ")[1].endswith(" (1.00)") for line in lines)
     assert bench_ring.faults(found["parts"]) == []
-    error, lse = bench_ring.faults(found["wrong"])
-    assert "ring must have the unsplit error" in error and "merged LSE must be right" in lse
+    *errors, lse = bench_ring.faults(found["wrong"])
+    for name, error in zip(("ring", "ring, lse"), errors, strict=True):
+        assert f"{name} must have the unsplit error" in error
+    assert "merged LSE must be right" in lse
