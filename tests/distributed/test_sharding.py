@@ -214,6 +214,7 @@ def test_ops_of_gpus_are_judged_as_on_gpus(axis: int) -> None:
         results = [
             *prepared,
             *ours.attention_prepared_with_lse(q, *prepared, 130, 16),
+            *ours.attention_prepared_part(q, *prepared, 130, 16),
             ours.attention_prepared(q, *prepared, 130, 16),
             *ours.quantize_value(v, pv="fp16"),
             *(ours.sdpa(q, k, v, **row.default.op_kwargs()) for row in SUPPORT_OF_GPUS),

@@ -139,9 +139,9 @@ def sharded_ops(size: int) -> dict[str, list[str]]:
         prepared = OPS.prepare_kv(k, v)
         sizes = (k.shape[2], v.shape[3])
         found["prepare_kv"] = run_sharded(OPS.prepare_kv, mesh, lies, k, v)
-        found["attention_prepared_with_lse"] = run_sharded(
-            OPS.attention_prepared_with_lse, mesh, lies, q, *prepared, *sizes
-        )
+        for name in ("attention_prepared_with_lse", "attention_prepared_part"):
+            op = getattr(OPS, name)
+            found[name] = run_sharded(op, mesh, lies, q, *prepared, *sizes)
     return found
 
 
