@@ -1,9 +1,12 @@
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
+#include <stdexcept>
 #include <string>
 #include <string_view>
 
 #include "build_cuda.h"  // setup.py writes it
+#include "common/check.h"
 #include "cuda/device.h"
 #include "cuda/ops.h"
 
@@ -29,6 +32,23 @@ int device_at(StableIValue* stack, int place) {
   return device;
 }
 
+// No exception crosses torch's C interface, nor does its text before torch 2.13: Python catches its
+// own and returns the text, empty if all went well, behind the results. It is bytes in a tensor,
+// for the interface mistakes a result for another if not all have one type (2.11 to 2.13 at least).
+void call_triton(const char* name, StableIValue* stack, uint64_t results) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  const auto take = [&](uint64_t place) {
+    return torch::stable::detail::to<torch::stable::Tensor>(stack[place]);
+  };
+  const torch::stable::Tensor bytes = take(results);
+  if (bytes.numel() == 0) return;
+  for (uint64_t place = 0; place < results; ++place) take(place);  // and let go
+  const std::string_view text(static_cast<const char*>(bytes.const_data_ptr()), bytes.numel());
+  constexpr std::string_view kOfValue = "ValueError: ";
+  if (text.starts_with(kOfValue)) fail(text.substr(kOfValue.size()));
+  throw std::runtime_error(std::string(text));
+}
+
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 
 // The granularities are disjoint; what Triton has besides, it does where there is no other code.
@@ -37,9 +57,10 @@ void route(Boxed hopper, Boxed mma, const char* triton, StableIValue* stack, uin
   const std::string granularity = text_at(stack, kGranularity), pv = text_at(stack, kPv);
   if (granularity == "token_thread") return hopper(stack, arguments, results);
   const bool is_e4m3 = pv == "e4m3" || pv == "e4m3_fp16";
-  if (is_e4m3 || (granularity != "token" && has_code(is_e4m3 ? "sm89" : "sm80", device_at(stack, kQuery))))
+  if (is_e4m3 ||
+      (granularity != "token" && has_code(is_e4m3 ? "sm89" : "sm80", device_at(stack, kQuery))))
     return mma(stack, arguments, results);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(triton, "", stack, TORCH_ABI_VERSION));
+  call_triton(triton, stack, results);
 }
 
 void route_sdpa(StableIValue* stack, uint64_t arguments, uint64_t results) {

@@ -39,9 +39,11 @@ private = ("triton_sdpa", "triton_sdpa_with_lse", "mma_prepare_kv")
 print(*(name for name in private if hasattr(torch.ops.torch_sage, name)))
 if {gpus}:
     for name in ("sdpa", "sdpa_with_lse"):
-        schema = str(getattr(torch.ops.torch_sage, name).default._schema)
-        private = str(getattr(torch.ops.torch_sage, "triton_" + name).default._schema)
-        assert private == schema.replace("::", "::triton_"), private
+        schema = getattr(torch.ops.torch_sage, name).default._schema
+        private = getattr(torch.ops.torch_sage, "triton_" + name).default._schema
+        assert str(private.arguments) == str(schema.arguments), private
+        assert len(private.returns) == len(schema.returns) + 1, private
+        assert {str(result.type) for result in private.returns} == {"Tensor"}, private
 """
 
 
@@ -77,6 +79,36 @@ def test_the_kernel_gets_every_argument_of_the_schema(
     assert list(found) != [] and set(found) == {argument.name for argument in schema.arguments}
     assert found["causal"] == "top_left" and found["exponential"] == "mixed"
     assert found["granularity"] == "token" and found["output_order"] == "bhsd"
+
+
+@pytest.mark.parametrize("name", ["sdpa", "sdpa_with_lse"])
+def test_errors_of_the_kernel_reach_the_library_as_text(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No exception crosses torch's C interface: its caller said that a call failed, and no more."""
+    triton_ops = pytest.importorskip("torch_sage.ops.triton_ops", reason="needs triton")
+    count = len(getattr(ops, name)._schema.returns)
+    errors: list[Exception] = []
+
+    def run(query: Tensor, **arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return query if count == 1 else (query,) * count
+
+    monkeypatch.setattr(triton_ops, name, run)
+    kernel, x = gpu._kernel_of_library(name), torch.ones(1)
+
+    def call() -> tuple[list[Tensor], str]:
+        *results, told = kernel(x, x, x)
+        assert told.device.type == "cpu" and told.dtype == torch.uint8
+        return results, bytes(told.tolist()).decode()
+
+    assert call() == ([x] * count, "")
+    errors = [ValueError("key must be here, got there"), RuntimeError("out of memory")]
+    results, text = call()
+    assert "Traceback" in text and text.endswith("RuntimeError: out of memory\n")
+    assert [result.shape for result in results] == [(0,)] * count
+    assert call()[1] == "ValueError: key must be here, got there"
 
 
 def fakes(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -51,7 +52,8 @@ def register_kernels() -> None:
     """Run the ops on CUDA tensors by the Triton kernels, imported at the first call.
 
     A library with CUDA code has the whole op itself. Recipes that its kernels do not run it hands
-    on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls. ``mma_prepare_kv``
+    on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls: their last result
+    is the text of an error in UTF-8, which it raises (``csrc/cuda/bindings.cpp``). ``mma_prepare_kv``
     is the pass over K and V of its mma.sync kernels, for their tests alone.
     """
     if "sm80" in _extension.cuda_gpus():
@@ -61,10 +63,13 @@ def register_kernels() -> None:
             continue
         if name in WHOLE and _extension.cuda_gpus():
             target = f"triton_{name}"
-            LIBRARY.define(f"{target}{DEFINITIONS[name]}")  # type: ignore[no-untyped-call]  # torch's
+            arguments, results = DEFINITIONS[name].split(" -> ")
+            schema = f"{target}{arguments} -> ({results.strip('()')}, Tensor error)"
+            LIBRARY.define(schema)  # type: ignore[no-untyped-call]  # torch's
+            kernel = _kernel_of_library(name)
         else:
-            target = name
-        LIBRARY.impl(target, _kernel(name), "CUDA")  # type: ignore[no-untyped-call]  # torch's
+            target, kernel = name, _kernel(name)
+        LIBRARY.impl(target, kernel, "CUDA")  # type: ignore[no-untyped-call]  # torch's
 
 
 def _kernel(name: str) -> Any:
@@ -80,3 +85,22 @@ def _kernel(name: str) -> Any:
         return getattr(triton_ops, name)(**{**defaults, **given, **kwargs})
 
     return kernel
+
+
+def _kernel_of_library(name: str) -> Any:
+    kernel = _kernel(name)
+    count = len(getattr(torch.ops.torch_sage, name).default._schema.returns)
+
+    def kernel_that_tells(query: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        try:
+            results = kernel(query, *args, **kwargs)
+        except ValueError as error:
+            text = f"ValueError: {error}"
+        except Exception:
+            text = traceback.format_exc()
+        else:
+            return (*(results if count > 1 else (results,)), torch.empty(0, dtype=torch.uint8))
+        told = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return (*(query.new_empty(0) for _ in range(count)), told)
+
+    return kernel_that_tells
