@@ -53,8 +53,8 @@ def register_kernels() -> None:
 
     A library with CUDA code has the whole op itself. Recipes that its kernels do not run it hands
     on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls: their last result
-    is the text of an error in UTF-8, which it raises (``csrc/cuda/bindings.cpp``). ``mma_prepare_kv``
-    is the pass over K and V of its mma.sync kernels, for their tests alone.
+    is the text of an error, in UTF-8, which it raises (``csrc/cuda/bindings.cpp``).
+    ``mma_prepare_kv`` is the pass over K and V of its mma.sync kernels, for their tests alone.
     """
     if "sm80" in _extension.cuda_gpus():
         LIBRARY.define(_MMA_PREPARE_KV)  # type: ignore[no-untyped-call]  # torch's
