@@ -14,11 +14,14 @@ from torch.distributed.tensor.experimental._attention import context_parallel_un
 
 from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
 from tests.gpu.sm90 import ORACLE
-from tests.numerics import Expected, exact_attention, expect
+from tests.numerics import Expected, exact_attention, expect, relative_l1
 from torch_sage import AttentionOutput, SageConfig, ops
 
 # Keys per step of the online softmax in the CPU kernel, as in tests/ops/test_kernels.py.
 KERNEL_TILE = 256
+
+
+MIXED_ERROR = 0.05  # relative L1 of mixed exponentials against exact ones, both of 8-bit P
 
 
 class Kernels(NamedTuple):
@@ -185,7 +188,11 @@ def attend(
     else:
         result = distributed.ulysses_attention_with_lse(q, k, v, mask, **options)
         alone = distributed.ulysses_attention(q, k, v, mask, **options)
-    assert torch.equal(alone, result.output)
+    if kernels is PREPARED and q.device.type == "cuda" and mask is None:
+        # The LSE is of exact exponentials, without it a part of them is mixed.
+        assert relative_l1(alone, result.output) < MIXED_ERROR
+    else:
+        assert torch.equal(alone, result.output)
     return AttentionOutput(*(distributed.unshard_sequence(x, **layout) for x in result))
 
 
