@@ -14,6 +14,7 @@ from torch_sage.reference.accumulate import (
     accumulate_fp22,
     probability_shift,
     round_probabilities,
+    select_accumulator,
 )
 
 SAGE2 = {"qk": "int8", "granularity": "thread", "pv": "e4m3", "smooth": "k"}
@@ -138,3 +139,13 @@ def test_probabilities_saturate_and_keep_nan() -> None:
     assert rounded[2].isnan()
     assert rounded[3:].tolist() == [0.0, 0.0]  # half of the least subnormal ties to zero
     assert round_probabilities(torch.tensor([0.5 / 127, 1.0]), "int8").tolist() == [0.0, 1.0]
+
+
+def test_converted_products_round_as_an_h100_was_seen_to() -> None:
+    """Of 9 sixteen times and of small numbers before, times 112: what its kernel returned."""
+    p, v = torch.full((1, 32), 112.0), torch.zeros(32, 1)
+    v[16:] = 9.0
+    for small, seen in ((2**-6, 16128), (2**-5, 16128), (2**-4, 16136), (0.09375, 16144)):
+        v[4] = small
+        found = select_accumulator("e4m3_fp16", "fp16_converted")(torch.zeros(1, 1), p, v)
+        assert found.item() == seen
