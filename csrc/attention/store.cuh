@@ -24,8 +24,7 @@ struct Place {
 };
 
 template <typename Params>
-__device__ __forceinline__ void store_lse(const Params& p, const Place& place, int h,
-                                          float lse) {
+__device__ __forceinline__ void store_lse(const Params& p, const Place& place, int h, float lse) {
   if (8 * h < place.rows) p.lse[place.row_of_lse + 8 * h] = lse;
 }
 
@@ -42,8 +41,8 @@ __device__ __forceinline__ uint32_t pack_halves(Dtype dtype, float low, float hi
 
 // Writes x[h][k][b]: row 8 h below, column 8 (block + k) + 2 quad + b of the thread's quad.
 template <typename Params>
-__device__ __forceinline__ void store_columns(const Params& p, const Place& place,
-                                              int block, int quad, const float (&x)[2][4][2]) {
+__device__ __forceinline__ void store_columns(const Params& p, const Place& place, int block,
+                                              int quad, const float (&x)[2][4][2]) {
   if (p.dtype == Dtype::kFloat32) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {

@@ -23,7 +23,8 @@ extern "C" __attribute__((visibility("default"))) const char* torch_sage_build_i
     }
     return "cpu_isa=" + isa +
            "\ncompiled_cpu_isas=" TORCH_SAGE_COMPILED_ISAS "\ncuda=" TORCH_SAGE_CUDA
-           "\ncuda_gpus=" TORCH_SAGE_CUDA_GPUS "\ncuda_version=" TORCH_SAGE_CUDA_VERSION "\ncompiler=" __VERSION__ "\n";
+           "\ncuda_gpus=" TORCH_SAGE_CUDA_GPUS "\ncuda_version=" TORCH_SAGE_CUDA_VERSION
+           "\ncompiler=" __VERSION__ "\n";
   }();
   return info.c_str();
 }

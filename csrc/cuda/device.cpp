@@ -61,7 +61,8 @@ int hopper_index(const char* name, const torch::stable::Tensor& tensor) {
 
 bool has_code(std::string_view family, int device) {
   const std::string name = std::string(family) + ":";
-  const std::string gpu = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+  const std::string gpu = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) +
+                          "." +
                           std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
   // "sm80:8.0,8.6;sm89:8.9"
   std::istringstream families(TORCH_SAGE_CUDA_GPUS);

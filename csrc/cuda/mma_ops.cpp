@@ -160,10 +160,14 @@ Result attend(const FloatOperand& query, KeysAndValues& kv, const Request& reque
   uint32_t* query_amax = place(kv, q.batch * q.heads, arena);
   mma::launch_prepare_kv(kv.params, stream);
   if (query_amax != nullptr) {
-    const mma::QueryAmaxParams amax{static_cast<int>(q.batch),   static_cast<int>(q.heads),
-                                    static_cast<int>(q.rows),    static_cast<int>(q.columns),
-                                    q.data,                      q.dtype,
-                                    rows_of(q),                  kv.recipe.smooth.query,
+    const mma::QueryAmaxParams amax{static_cast<int>(q.batch),
+                                    static_cast<int>(q.heads),
+                                    static_cast<int>(q.rows),
+                                    static_cast<int>(q.columns),
+                                    q.data,
+                                    q.dtype,
+                                    rows_of(q),
+                                    kv.recipe.smooth.query,
                                     query_amax};
     mma::launch_query_amax(amax, stream);
   }
@@ -192,8 +196,8 @@ Result attend(const FloatOperand& query, KeysAndValues& kv, const Request& reque
   params.scale = static_cast<float>(softmax_scale(query, request));
   std::optional<Mask> mask;
   if (request.attn_mask.has_value()) {
-    mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.seqlen,
-                     query.tensor.device());
+    mask =
+        read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.seqlen, query.tensor.device());
     set_mask(params, *mask);
   }
   params.output = result.output.mutable_data_ptr();
@@ -240,9 +244,9 @@ std::tuple<Tensor, Tensor> mma_sdpa_with_lse(const Tensor& query, const Tensor& 
                                              const Text& qk, const Text& granularity,
                                              const Text& pv, const Text& smooth,
                                              const Text& exponential, const Text& output_order) {
-  const Result result = attend_whole(query, key, value,
-                                     read_request(attn_mask, causal, scale, output_order, true),
-                                     read_recipe(qk, granularity, pv, smooth), exponential);
+  const Result result =
+      attend_whole(query, key, value, read_request(attn_mask, causal, scale, output_order, true),
+                   read_recipe(qk, granularity, pv, smooth), exponential);
   return {result.output, *result.lse};
 }
 
@@ -259,15 +263,14 @@ Prepared mma_prepare_kv(const Tensor& key, const Tensor& value, const Text& qk,
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return new_tensor(sizes, dtype, key.device());
   };
-  const Prepared tensors{
-      make({k.batch, k.heads, kv.padded(), view.row_bytes()}, ScalarType::Byte),
-      make({k.batch, k.heads, view.tiles(), 4}, ScalarType::Float),
-      make({k.batch, k.heads, k.columns}, ScalarType::Float),
-      is_e4m3(kv.recipe.pv)
-          ? make({k.batch, k.heads, width, kv.padded()}, ScalarType::Byte)
-          : make({k.batch, k.heads, k.rows, width}, ScalarType::Short),
-      make({k.batch, k.heads, width}, ScalarType::Float),
-      make({k.batch, k.heads, width}, ScalarType::Float)};
+  const Prepared tensors{make({k.batch, k.heads, kv.padded(), view.row_bytes()}, ScalarType::Byte),
+                         make({k.batch, k.heads, view.tiles(), 4}, ScalarType::Float),
+                         make({k.batch, k.heads, k.columns}, ScalarType::Float),
+                         is_e4m3(kv.recipe.pv)
+                             ? make({k.batch, k.heads, width, kv.padded()}, ScalarType::Byte)
+                             : make({k.batch, k.heads, k.rows, width}, ScalarType::Short),
+                         make({k.batch, k.heads, width}, ScalarType::Float),
+                         make({k.batch, k.heads, width}, ScalarType::Float)};
   const auto& [key_codes, key_scales, key_mean, value_codes, value_scales, value_mean] = tensors;
   view.key_codes = static_cast<uint8_t*>(key_codes.mutable_data_ptr());
   view.key_scales = static_cast<float*>(key_scales.mutable_data_ptr());

@@ -261,11 +261,10 @@ Tensor attention_prepared(const Tensor& query, const Tensor& key_codes, const Te
                           int64_t head_dim_v, const std::optional<Tensor>& attn_mask,
                           const Text& causal, std::optional<double> scale, const Text& exponential,
                           const Text& output_order) {
-  return attend_prepared(query,
-                         {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift},
-                         seqlen_k, head_dim_v,
-                         read_request(attn_mask, causal, scale, output_order, false), exponential,
-                         false)
+  return attend_prepared(
+             query, {key_codes, key_scales, key_mean, value_codes, value_scales, value_shift},
+             seqlen_k, head_dim_v, read_request(attn_mask, causal, scale, output_order, false),
+             exponential, false)
       .output;
 }
 

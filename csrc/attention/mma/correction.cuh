@@ -57,8 +57,8 @@ struct Correction {
 
   // Where tensor cores do not do it: one key after the other, from global memory.
   template <typename Element>
-  __device__ __forceinline__ void compute_directly(const Element* rows, int64_t stride,
-                                                   int columns, int count) const {
+  __device__ __forceinline__ void compute_directly(const Element* rows, int64_t stride, int columns,
+                                                   int count) const {
     constexpr int kOwn = kKeys / C::kWarps;
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kOwn;
 #pragma unroll 4
@@ -94,9 +94,9 @@ struct Correction {
 #pragma unroll
       for (int j = 0; j < kTiles; j++) {
         uint32_t b[4];
-        load_matrices(b, shared_address(raw) + place<2 * C::kWidth>((warp * kTiles + j) * 8 +
-                                                                        lane % 8,
-                                                                    4 * k + lane / 8));
+        load_matrices(
+            b, shared_address(raw) +
+                   place<2 * C::kWidth>((warp * kTiles + j) * 8 + lane % 8, 4 * k + lane / 8));
         if (is_bf16) {
           mma_bf16(sums[j], a[0], b[0], b[1], sums[j]);
           mma_bf16(sums[j], a[1], b[2], b[3], sums[j]);

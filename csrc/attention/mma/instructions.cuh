@@ -55,16 +55,17 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t addre
                : "memory");
 }
 
-#define TORCH_SAGE_MMA(name, type, shape)                                                   \
-  __device__ __forceinline__ void name(type(&d)[4], const uint32_t(&a)[4], uint32_t b0,     \
-                                       uint32_t b1, const type(&c)[4]) {                    \
-    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "         \
-        "{%10, %11, %12, %13};"                                                             \
-        : TORCH_SAGE_OUT_##type(d[0]), TORCH_SAGE_OUT_##type(d[1]),                         \
-          TORCH_SAGE_OUT_##type(d[2]), TORCH_SAGE_OUT_##type(d[3])                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1),                     \
-          TORCH_SAGE_IN_##type(c[0]), TORCH_SAGE_IN_##type(c[1]), TORCH_SAGE_IN_##type(c[2]), \
-          TORCH_SAGE_IN_##type(c[3]));                                                      \
+#define TORCH_SAGE_MMA(name, type, shape)                                                        \
+  __device__ __forceinline__ void name(type(&d)[4], const uint32_t (&a)[4], uint32_t b0,         \
+                                       uint32_t b1, const type(&c)[4]) {                         \
+    asm("mma.sync.aligned." shape                                                                \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                                        \
+        "{%10, %11, %12, %13};"                                                                  \
+        : TORCH_SAGE_OUT_##type(d[0]), TORCH_SAGE_OUT_##type(d[1]), TORCH_SAGE_OUT_##type(d[2]), \
+          TORCH_SAGE_OUT_##type(d[3])                                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1),                          \
+          TORCH_SAGE_IN_##type(c[0]), TORCH_SAGE_IN_##type(c[1]), TORCH_SAGE_IN_##type(c[2]),    \
+          TORCH_SAGE_IN_##type(c[3]));                                                           \
   }
 #define TORCH_SAGE_OUT_int "=r"
 #define TORCH_SAGE_OUT_float "=f"
@@ -78,15 +79,15 @@ TORCH_SAGE_MMA(mma_e4m3, float, "m16n8k32.row.col.f32.e4m3.e4m3.f32")
 #undef TORCH_SAGE_MMA
 
 // The same with two fp16 sums to a register.
-__device__ __forceinline__ void mma_fp16_fp16(uint32_t (&d)[2], const uint32_t (&a)[4],
-                                              uint32_t b0, uint32_t b1, const uint32_t (&c)[2]) {
+__device__ __forceinline__ void mma_fp16_fp16(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1, const uint32_t (&c)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
       "{%8, %9};"
       : "=r"(d[0]), "=r"(d[1])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]));
 }
-__device__ __forceinline__ void mma_e4m3_fp16(uint32_t (&d)[2], const uint32_t (&a)[4],
-                                              uint32_t b0, uint32_t b1, const uint32_t (&c)[2]) {
+__device__ __forceinline__ void mma_e4m3_fp16(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1, const uint32_t (&c)[2]) {
   asm("mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
       "{%8, %9};"
       : "=r"(d[0]), "=r"(d[1])

@@ -52,9 +52,9 @@ class Warp {
     key_codes_ = p.kv.key_codes + key_head_ * p.kv.tiles() * (kKeys * C::kCodeBytes);
     key_scales_ = p.kv.key_scales + key_head_ * p.kv.tiles() * 4 + lane_ % 4;
     if (p.key != nullptr)
-      key_rows_ = static_cast<const char*>(p.key) +
-                  (batch_ * p.key_rows.stride_b + key_head * p.key_rows.stride_h) *
-                      (is_wide() ? 4 : 2);
+      key_rows_ =
+          static_cast<const char*>(p.key) +
+          (batch_ * p.key_rows.stride_b + key_head * p.key_rows.stride_h) * (is_wide() ? 4 : 2);
     if constexpr (C::kIsE4m3) {
       values_ = static_cast<const uint8_t*>(p.kv.value_codes) +
                 key_head_ * C::kWidth * p.kv.tiles() * kKeys;
@@ -99,8 +99,8 @@ class Warp {
       float scores[C::kRowTiles][kKeyColumns][4];
       convert<C>(sums, scores);
       const int key_end = (tile + 1) * kKeys;
-      const bool is_masked = C::kHasMask || key_end > p_.kv.seqlen ||
-                             key_end - 1 > first_row_ + p_.last_key_offset;
+      const bool is_masked =
+          C::kHasMask || key_end > p_.kv.seqlen || key_end - 1 > first_row_ + p_.last_key_offset;
       const bool wants_sum = C::kIsE4m3 || p_.lse != nullptr;
       if (p_.key == nullptr && !is_masked) {
         softmax_.template update<false>(scores, factor, wants_sum);
@@ -112,8 +112,7 @@ class Warp {
           auto* biases = reinterpret_cast<float*>(shared_ + C::kPlainBytes + warp_ * C::kBiasBytes);
           add_mask<C>(p_, mask_of_head(), biases, row, tile * kKeys, scores);
         }
-        if (is_masked)
-          hide<C>(p_, row + lane_ / 4, tile * kKeys + lane_ % 4 * 2, scores);
+        if (is_masked) hide<C>(p_, row + lane_ / 4, tile * kKeys + lane_ % 4 * 2, scores);
         softmax_.template update<true>(scores, factor, wants_sum);
       }
       pack_probabilities(scores);
@@ -169,9 +168,9 @@ class Warp {
     const bool is_bf16 = p_.dtype == Dtype::kBFloat16;
     if (corrects_by_tensor_cores()) return correction_.compute(is_bf16);
     const auto directly = [&](auto* rows) {
-      correction_.compute_directly(
-          rows + static_cast<int64_t>(tile) * kKeys * p_.key_rows.stride_n, p_.key_rows.stride_n,
-          p_.key_columns, p_.kv.seqlen - tile * kKeys);
+      correction_.compute_directly(rows + static_cast<int64_t>(tile) * kKeys * p_.key_rows.stride_n,
+                                   p_.key_rows.stride_n, p_.key_columns,
+                                   p_.kv.seqlen - tile * kKeys);
     };
     if (is_wide()) {
       directly(reinterpret_cast<const float*>(key_rows_));
@@ -202,7 +201,9 @@ class Warp {
                                                int columns, int tile) const {
     using Chunks = mma::Chunks<C::kThreads, kKeys, 2 * C::kWidth>;
     const int count = p_.kv.seqlen - tile * kKeys;
-    const uint16_t* from = rows + (static_cast<int64_t>(tile) * kKeys + Chunks::first_row()) * stride + Chunks::chunk() * 8;
+    const uint16_t* from = rows +
+                           (static_cast<int64_t>(tile) * kKeys + Chunks::first_row()) * stride +
+                           Chunks::chunk() * 8;
     const bool is_column = Chunks::chunk() * 8 < columns;
     Chunks::for_rows(at(to), [&](uint32_t to, int row) {
       copy_16_async(to, from, row < count && is_column);
@@ -242,7 +243,7 @@ class Warp {
       correction_.set_mean(p_, key_mean);
     }
     query_scale_ = kappa * (is_wide() ? quantize_query_rows<C, true>(p_, rows)
-                                    : quantize_query_rows<C, false>(p_, rows));
+                                      : quantize_query_rows<C, false>(p_, rows));
   }
 
   // Integer scores of the tile, seeded.
@@ -253,9 +254,9 @@ class Warp {
       uint32_t a[C::kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < C::kRowTiles; i++)
-        load_matrices(a[i], at(C::kQueryAt) + place<C::kCodeBytes>(
-                                                  warp_ * C::kWarpRows + 16 * i + lane_ % 16,
-                                                  2 * step + lane_ / 16));
+        load_matrices(
+            a[i], at(C::kQueryAt) + place<C::kCodeBytes>(warp_ * C::kWarpRows + 16 * i + lane_ % 16,
+                                                         2 * step + lane_ / 16));
 #pragma unroll
       for (int j = 0; j < kKeyColumns; j += 2) {
         uint32_t b[4];
@@ -347,8 +348,8 @@ class Warp {
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
           uint32_t b[4];
-          load_transposed(b, at(C::kValueAt) + place<2 * C::kWidth>(16 * step + lane_ % 16,
-                                                                    j + lane_ / 16));
+          load_transposed(
+              b, at(C::kValueAt) + place<2 * C::kWidth>(16 * step + lane_ % 16, j + lane_ / 16));
 #pragma unroll
           for (int i = 0; i < C::kRowTiles; i++)
 #pragma unroll
@@ -482,8 +483,8 @@ class Warp {
   int first_row_, batch_, head_, tiles_;
   int64_t key_head_;
   const uint8_t* key_codes_;
-  const float* key_scales_;   // of the lane's keys in tile 0
-  const char* key_rows_;      // of K itself
+  const float* key_scales_;  // of the lane's keys in tile 0
+  const char* key_rows_;     // of K itself
   const std::conditional_t<C::kIsE4m3, uint8_t, uint16_t>* values_;
   float query_scale_;
   Correction<C> correction_;
@@ -503,11 +504,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
 template <class C>
 void launch_kernel(const AttentionParams& params, cudaStream_t stream) {
   const int bytes = C::shared_bytes(params);
-  check_cuda(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  bytes),
-             "cudaFuncSetAttribute");
-  const int64_t blocks = (static_cast<int64_t>(params.seqlen_q) + kRows - 1) / kRows *
-                         params.heads_q * params.batch;
+  check_cuda(
+      cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+      "cudaFuncSetAttribute");
+  const int64_t blocks =
+      (static_cast<int64_t>(params.seqlen_q) + kRows - 1) / kRows * params.heads_q * params.batch;
   attention_kernel<C><<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(params);
   check_cuda(cudaGetLastError(), "launch of attention");
 }

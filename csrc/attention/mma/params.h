@@ -23,7 +23,8 @@ struct AttentionParams {
   int key_mean_columns;  // head_dim before it was padded
   Pv pv;
 
-  // V in 16 bits, where that is the format; rows aligned to 16 bytes, columns beyond these are zero.
+  // V in 16 bits, where that is the format; rows aligned to 16 bytes, columns beyond these are
+  // zero.
   const uint16_t* value;
   Rows value_rows;
   int value_columns;

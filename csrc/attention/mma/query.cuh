@@ -17,7 +17,7 @@ struct QueryRows {
   uint32_t amax;       // of the whole head, for granularity kTensor
   // Shared memory.
   uint8_t* codes;
-  float* shifts;           // [rows] of the LSE
+  float* shifts;  // [rows] of the LSE
   uint32_t* amax_of_warps;
 };
 
@@ -49,9 +49,9 @@ __device__ __forceinline__ uint2 pack_codes(const float (&x)[8], float inverse) 
 template <class C, bool kIsWide>
 __device__ __forceinline__ float quantize_query_rows(const AttentionParams& p,
                                                      const QueryRows& rows) {
-  constexpr int kLanes = C::kWidth / 8;      // of a row
-  constexpr int kRowsAtOnce = 32 / kLanes;   // by one warp
-  constexpr int kSlots = 8 / kRowsAtOnce;    // residues of a lane's rows modulo 8
+  constexpr int kLanes = C::kWidth / 8;     // of a row
+  constexpr int kRowsAtOnce = 32 / kLanes;  // by one warp
+  constexpr int kSlots = 8 / kRowsAtOnce;   // residues of a lane's rows modulo 8
   constexpr int kElementBytes = kIsWide ? 4 : 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = lane % kLanes * 8, first_row = warp * C::kWarpRows + lane / kLanes;
@@ -96,15 +96,13 @@ __device__ __forceinline__ float quantize_query_rows(const AttentionParams& p,
       for (int i = 0; i < 8; i++)
         if (column + i < p.key_mean_columns) sum = fmaf(x[i], rows.shift[column + i], sum);
 #pragma unroll
-      for (int other = kLanes / 2; other > 0; other /= 2)
-        sum += __shfl_xor_sync(~0u, sum, other);
+      for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
       rows.shifts[row] = sum * p.scale;
     }
     center(row, x);
     // As integers, so that NaN is the largest magnitude.
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      amax[slot] = max(amax[slot], __float_as_uint(x[i]) & 0x7fffffffu);
+    for (int i = 0; i < 8; i++) amax[slot] = max(amax[slot], __float_as_uint(x[i]) & 0x7fffffffu);
   });
 #pragma unroll
   for (int slot = 0; slot < kSlots; slot++)

@@ -51,8 +51,8 @@ __device__ __forceinline__ void make_logits(float (&x)[C::kRowTiles][kKeyColumns
 // memory: element [row, key] of the head's mask is at `mask`. All numbers are of the warp's first
 // row and the tile's first key.
 template <class C>
-__device__ __forceinline__ void add_mask(const AttentionParams& p, const char* mask,
-                                         float* biases, int first_row, int first_key,
+__device__ __forceinline__ void add_mask(const AttentionParams& p, const char* mask, float* biases,
+                                         int first_row, int first_key,
                                          float (&x)[C::kRowTiles][kKeyColumns][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -125,7 +125,8 @@ struct Softmax {
       }
   }
 
-  // Probabilities in place of scores, which times `factor` are base-2 logits, or are logits already.
+  // Probabilities in place of scores, which times `factor` are base-2 logits, or are logits
+  // already.
   template <bool kAreLogits>
   __device__ __forceinline__ void update(float (&x)[C::kRowTiles][kKeyColumns][4], float factor,
                                          bool wants_sum) {

@@ -4,12 +4,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "attention/sm90/config.cuh"
 #include "attention/mask.cuh"
+#include "attention/sm90/config.cuh"
 #include "attention/sm90/ptx.cuh"
-#include "attention/store.cuh"
 #include "attention/sm90/wgmma.cuh"
 #include "attention/sm90/work.cuh"
+#include "attention/store.cuh"
 
 namespace torch_sage::sm90 {
 

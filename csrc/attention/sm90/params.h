@@ -38,8 +38,8 @@ struct AttentionParams {
   float* lse;  // [b, h_q, n] natural log; may be null
 
   bool exact_exponential;
-  bool is_part;  // lse, if any, is to merge parts: of the sum that the output was divided by
-  int* work_counter;     // zero when the kernel runs; null: every block takes a fixed share
+  bool is_part;       // lse, if any, is to merge parts: of the sum that the output was divided by
+  int* work_counter;  // zero when the kernel runs; null: every block takes a fixed share
   bool follows_prepare;  // launched right behind prepare_kv, may start before it has ended
 };
 
