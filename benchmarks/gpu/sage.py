@@ -1,4 +1,4 @@
-"""Our own roads: the sm90 kernels, exact and mixed exponential, and the Triton kernels."""
+"""Our own roads: the sm90 kernels, exact and mixed exponential, those of mma.sync, and Triton's."""
 
 from __future__ import annotations
 
@@ -56,6 +56,27 @@ def sm90(exponential: str) -> Contender:
     return Contender(lack_sm90, calls)
 
 
+def lack_mma() -> str | None:
+    """Say why the mma.sync kernels are not here, if they are not."""
+    if not _extension.is_available():
+        return _extension.unavailable_reason()
+    cuda = _extension.build_info()["cuda"]
+    return None if "sm80" in cuda else f"libtorch_sage.so must have cuda=sm80, got cuda={cuda}"
+
+
+def mma(pv: str, smooth: str) -> Contender:
+    """Return a member of the mma.sync family; it quantizes in every call."""
+
+    def calls(problem: Problem) -> Calls:
+        query, key, value, is_causal = problem
+        causal = "top_left" if is_causal else "none"
+        recipe = {"qk": "int8", "granularity": "thread", "pv": pv, "smooth": smooth}
+        op = torch.ops.torch_sage.sdpa
+        return {"whole": lambda: op(query, key, value, None, causal, **recipe)}
+
+    return Contender(lack_mma, calls)
+
+
 def triton(smooth: str, tile: Tile | None = None) -> Contender:
     """Return the portable kernels, with another tile than theirs if one is given."""
 
@@ -77,6 +98,11 @@ def triton(smooth: str, tile: Tile | None = None) -> Contender:
 
 
 SAGE: dict[str, Contender] = {"sage": sm90("mixed"), "sage-exact": sm90("exact")}
+MMA: dict[str, Contender] = {
+    "mma-bf16": mma("bf16", "k"),
+    "mma-bf16-qk": mma("bf16", "qk"),
+    "mma-e4m3-fp16": mma("e4m3_fp16", "k"),
+}
 TRITON: dict[str, Contender] = {
     "triton": triton("k"),
     "triton-qk": triton("qk"),
