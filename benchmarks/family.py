@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import torch_sage
 from benchmarks.harness import environment
 from tests.accuracy import make_data, recipe
 from tests.numerics import cosine_percent, exact_attention, relative_l1
@@ -107,20 +108,8 @@ class Record(TorchFunctionMode):
         self.calls.append(Call(*tensors, mask, causal, call["scale"]))
 
 
-def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
-    """Stand for the signature of torch's function, which has none of its own."""
-
-
-SDPA = inspect.signature(sdpa)
+# torch's function has none of its own; ours takes its arguments.
+SDPA = inspect.signature(torch_sage.scaled_dot_product_attention)
 
 
 def record(model: str) -> list[Call]:

@@ -7,6 +7,11 @@ namespace torch_sage {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+// Where the rows of a [b, h, n, columns] tensor lie whose columns are adjacent.
+struct Rows {
+  int64_t stride_b, stride_h, stride_n;  // elements
+};
+
 // Key m is visible to query n iff: always | m <= n | m <= n + seqlen_k - seqlen_q.
 enum class Causal { kNone, kTopLeft, kBottomRight };
 

@@ -53,7 +53,7 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
   return larger <= 64 ? 64 : larger <= 128 ? 128 : 256;
 }
 
-mma::Rows rows_of(const FloatOperand& x) { return {x.stride_b, x.stride_h, x.stride_n}; }
+Rows rows_of(const FloatOperand& x) { return {x.stride_b, x.stride_h, x.stride_n}; }
 
 // K and V, what the pre-pass is asked to make of them, and the memory that it needs.
 struct KeysAndValues {

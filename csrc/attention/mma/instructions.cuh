@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention/mma/params.h"
+#include "attention/shared_address.cuh"
 
 namespace torch_sage::mma {
 
@@ -14,10 +15,6 @@ constexpr bool kHasInt4Products = true;
 #else
 constexpr bool kHasInt4Products = false;
 #endif
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Byte at which 16-byte `chunk` of `row` lies: 8 rows of one chunk touch all banks once.
 template <int kRowBytes>

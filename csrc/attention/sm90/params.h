@@ -10,10 +10,6 @@
 
 namespace torch_sage::sm90 {
 
-struct Rows {
-  int64_t stride_b, stride_h, stride_n;  // elements
-};
-
 struct AttentionParams {
   int batch, heads_q, heads_kv, seqlen_q, head_dim, head_dim_v;
 

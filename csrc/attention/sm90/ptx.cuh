@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace torch_sage::sm90 {
+#include "attention/shared_address.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace torch_sage::sm90 {
 
 // mbarriers, by shared address.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {

@@ -54,11 +54,6 @@ struct PreparedKv {
   __host__ __device__ int row_bytes() const { return is_int4 ? width / 2 : width; }
 };
 
-// Of algorithm.md's (token, channel) rows: all strides in elements.
-struct Rows {
-  int64_t stride_b, stride_h, stride_n;
-};
-
 struct PrepareParams {
   int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8
   int key_mean_columns;                    // head_dim before it was padded
