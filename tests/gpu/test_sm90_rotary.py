@@ -28,7 +28,9 @@ from torch_sage import SageConfig
 from torch_sage.recipes import PREPARED, SUPPORT
 
 DEFAULT: dict[str, Any] = SUPPORT[PREPARED].default.op_kwargs()
-BASE = AttentionCase(seqlen_q=150, seqlen_k=260, smooth="kv", batch=2, heads_q=4, heads_kv=2)
+BASE = AttentionCase(
+    batch=2, heads_q=4, heads_kv=2, seqlen_q=150, seqlen_k=260, dtype="bf16", smooth="kv"
+)
 
 
 def assert_right(
