@@ -49,7 +49,6 @@ def compiled(
 ) -> tuple[Callable[[], Tensor], Tensor, list[str]]:
     """Return the compiled step, what it returns, and the kernels that it launches."""
     options = torch_sage.options(SAGE[name]) if name in SAGE else None
-    torch._dynamo.reset()
     step = torch.compile(run, options=options, **settings)
     with torch._inductor.config.patch(force_disable_caches=True):
         output, codes = run_and_get_code(step, *inputs)
@@ -73,6 +72,7 @@ def medians(steps: Mapping[str, Callable[[], Tensor]], seconds: float) -> Record
 
 def measure(name: str, tokens: int, seconds: float) -> Record:
     """Compile, compare and time one layer in three ways."""
+    torch._dynamo.reset()  # of the layer before; the three ways live beside each other
     layer, inputs = blocks.build(name, tokens, "cuda")
     steps, outputs, kernels = {}, {}, {}
     for way in ("default", *SAGE):
@@ -105,11 +105,9 @@ HEAD = ["layer", "tokens", "default, ms", "sage, ms", "fused, ms", "gain", "Trit
 def sweep(name: str, seconds: float) -> list[Record]:
     """Compile one kind of Q and K once for all numbers of tokens, and time each of those."""
     kind, records = rotations.KINDS[name], []
-    ways = dict.fromkeys(SAGE, torch.compile)
-    for way in SAGE:
-        torch._dynamo.reset()
-        options = torch_sage.options(SAGE[way])
-        ways[way] = torch.compile(rotations.attend(kind), options=options)
+    torch._dynamo.reset()
+    run = rotations.attend(kind)
+    ways = {way: torch.compile(run, options=torch_sage.options(SAGE[way])) for way in SAGE}
     for tokens in rotations.TOKENS:
         inputs = rotations.operands(kind, tokens, "cuda")
         steps = {way: lambda run=run, x=inputs: run(*x) for way, run in ways.items()}
