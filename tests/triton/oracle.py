@@ -27,6 +27,12 @@ def recipe(case: AttentionCase, pv: str) -> dict[str, str]:
     return {**case.recipe, "pv": pv}
 
 
+def arguments(case: AttentionCase, inputs: Inputs, pv: str) -> dict[str, Any]:
+    """Return the arguments of the op ``sdpa``, all of them and by name."""
+    recipe_of_op = {**recipe(case, pv), "exponential": "exact", "output_order": "bhsd"}
+    return {**inputs._asdict(), **recipe_of_op}
+
+
 def expected(case: AttentionCase, inputs: Inputs, pv: str, device: str) -> Expected:
     """Return the references, with the means that the kernels compute on ``device``.
 
