@@ -221,6 +221,29 @@ Tensor read_fp32(const char* name, const Tensor& tensor, const std::array<int64_
   return read_exact(name, tensor, aoti_torch_dtype_float32(), {sizes.begin(), sizes.end()}, kCpu);
 }
 
+Tensor read_table(const std::string& name, const Tensor& tensor, const FloatOperand& x,
+                  bool is_fp32, const std::vector<std::vector<int64_t>>& sizes) {
+  check_defined(name.c_str(), tensor);
+  const int32_t dtype = is_fp32 ? aoti_torch_dtype_float32() : dtype_of(x.tensor);
+  check(dtype_of(tensor) == dtype, name, " must have dtype ", DtypeName{dtype}, ", got ",
+        DtypeName{dtype_of(tensor)});
+  const auto got = tensor.sizes();
+  const auto is_allowed = [](const std::vector<int64_t>& allowed, int64_t size) {
+    return std::find(allowed.begin(), allowed.end(), size) != allowed.end();
+  };
+  if (!std::equal(sizes.begin(), sizes.end(), got.begin(), got.end(), is_allowed)) {
+    std::ostringstream expected;
+    for (const auto& allowed : sizes) {
+      for (const int64_t size : allowed)
+        expected << (&size == allowed.data() ? "" : " or ") << size;
+      expected << (&allowed == &sizes.back() ? "" : ", ");
+    }
+    fail(name, " must have shape [", expected.str(), "], got ", Shape{got});
+  }
+  check_memory(name.c_str(), tensor, x.tensor.device());
+  return tensor;
+}
+
 Mask read_mask(const Tensor& tensor, int64_t batch, int64_t heads, int64_t seqlen_q,
                int64_t seqlen_k, const Device& device) {
   const int32_t dtype = dtype_of(tensor);

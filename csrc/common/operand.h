@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <ostream>
+#include <string>
 #include <vector>
 
 #include "common/params.h"
@@ -74,6 +75,11 @@ torch::stable::Tensor read_exact(const char* name, const torch::stable::Tensor& 
                                  const Device& device);
 torch::stable::Tensor read_fp32(const char* name, const torch::stable::Tensor& tensor,
                                 const std::array<int64_t, 3>& sizes);
+
+// Numbers that go with a FloatOperand, in fp32 or its dtype; each size is one of those listed.
+torch::stable::Tensor read_table(const std::string& name, const torch::stable::Tensor& tensor,
+                                 const FloatOperand& x, bool is_fp32,
+                                 const std::vector<std::vector<int64_t>>& sizes);
 
 struct Mask {
   torch::stable::Tensor tensor;

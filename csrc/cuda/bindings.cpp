@@ -75,6 +75,7 @@ void route_sdpa_with_lse(StableIValue* stack, uint64_t arguments, uint64_t resul
 STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {
   m.impl("sdpa", &route_sdpa);
   m.impl("sdpa_with_lse", &route_sdpa_with_lse);
+  m.impl("rotary_sdpa", TORCH_BOX(&rotary_sdpa));
   m.impl("mma_prepare_kv", TORCH_BOX(&mma_prepare_kv));
   m.impl("prepare_kv", TORCH_BOX(&prepare_kv));
   m.impl("attention_prepared", TORCH_BOX(&attention_prepared));

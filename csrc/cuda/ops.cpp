@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "cuda/device.h"
 #include "cuda/host.h"
+#include "cuda/rotary.h"
 #include "quantize/cuda/prepared.h"
 
 namespace torch_sage::cuda {
@@ -48,10 +49,19 @@ struct KeysAndValues {
   std::array<int64_t, 2> value_scales() const { return {view.groups(), view.width}; }
 };
 
+// What prepare makes of a query and key that lack RMSNorm and rotary embeddings, if they do.
+struct Unrotated {
+  Rotary key;
+  QueryParams query;
+};
+
+int64_t padded_rows(int64_t rows) { return (rows + kQueryBlock - 1) / kQueryBlock * kQueryBlock; }
+
 int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
 
 void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
-             const KeysAndValues& kv, int* work_counter, cudaStream_t stream) {
+             const KeysAndValues& kv, const Unrotated& unrotated, int* work_counter,
+             cudaStream_t stream) {
   check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
   if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
@@ -70,6 +80,8 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   params.value_stride_b = v.stride_b;
   params.value_stride_h = v.stride_h;
   params.value_stride_n = v.stride_n;
+  params.key_rotary = unrotated.key;
+  params.query = unrotated.query;
   params.smooth_key = smooth.key;
   params.smooth_value = smooth.value;
   params.kv = kv.view;
@@ -77,9 +89,9 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   launch_prepare_kv(params, stream);
 }
 
-Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request& request,
-              bool exact_exponential, bool is_part, int* work_counter, bool follows_prepare,
-              int device, cudaStream_t stream) {
+Result attend(const FloatOperand& query, const PreparedQuery& prepared_query,
+              const KeysAndValues& kv, const Request& request, bool exact_exponential, bool is_part,
+              int* work_counter, bool follows_prepare, int device, cudaStream_t stream) {
   auto [result, is_done] = new_result(query, kv.view.seqlen, kv.head_dim_v, request);
   if (is_done) return result;
   const FloatOperand q = vectorized(query);
@@ -94,6 +106,7 @@ Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request&
   params.query = q.data;
   params.dtype = q.dtype;
   params.query_rows = {q.stride_b, q.stride_h, q.stride_n};
+  params.prepared_query = prepared_query;
   params.kv = kv.view;
   params.is_causal = request.causal != Causal::kNone;
   params.last_key_offset = last_key_offset(request.causal, q.rows, kv.view.seqlen);
@@ -115,9 +128,14 @@ Result attend(const FloatOperand& query, const KeysAndValues& kv, const Request&
   return result;
 }
 
-Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
-                    const Request& request, const Text& qk, const Text& granularity,
-                    const Text& smooth, const Text& exponential) {
+// How a query and a key are to be normed and rotated, if at all.
+struct Rotations {
+  Rotary query, key;
+};
+
+Result attend_whole(const Operands& operands, const Rotations& rotations, const Request& request,
+                    const Text& qk, const Text& granularity, const Text& smooth,
+                    const Text& exponential) {
   check(std::string_view(qk) == "int8", "qk must be one of ['int8'] in this recipe, got '",
         std::string_view(qk), "'");
   check(std::string_view(granularity) == "token_thread",
@@ -125,10 +143,9 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
         std::string_view(granularity), "'");
   const bool exact = parse("exponential", exponential, kExact, "cuda");
   const Smooth smoothing = parse("smooth", smooth, kSmoothing, "cuda");
-  const int device = hopper_index("query", query);
-  const DeviceGuard guard(device);
+  const auto& [q, k, v] = operands;
+  const int device = q.tensor.device().index();
   const cudaStream_t stream = current_stream(device);
-  const auto [q, k, v] = read_operands(query, key, value, query.device());
   check_rows("key", k.rows);
   KeysAndValues kv(k.heads, k.rows, k.columns, v.columns);
   // One allocation for all that only the two kernels share.
@@ -138,8 +155,13 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   const int64_t key_scales = aligned(per_batch * count(kv.key_scales()) * 4);
   const int64_t key_mean = aligned(per_batch * k.columns * 4);
   const int64_t value_scales = aligned(per_batch * count(kv.value_scales()) * 4);
-  const Tensor workspace = new_tensor({2 * codes + key_scales + key_mean + 2 * value_scales + 256},
-                                      ScalarType::Byte, query.device());
+  const bool rotates = rotations.key.pairing != Pairing::kNone;
+  const int64_t query_rows = rotates ? q.batch * q.heads * padded_rows(q.rows) : 0;
+  const int64_t query_codes = aligned(query_rows * kv.view.width);
+  const int64_t query_scales = aligned(query_rows * 4);
+  const Tensor workspace = new_tensor(
+      {2 * codes + key_scales + key_mean + 2 * value_scales + query_codes + query_scales + 256},
+      ScalarType::Byte, q.tensor.device());
   auto* at = static_cast<std::byte*>(workspace.mutable_data_ptr());
   const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
   kv.view.key_codes = reinterpret_cast<int8_t*>(take(codes));
@@ -150,8 +172,22 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   kv.view.value_shift = reinterpret_cast<float*>(take(value_scales));
   // Zeroed by the pre-pass, counted up by the attention kernel.
   int* work_counter = request.causal == Causal::kNone ? nullptr : reinterpret_cast<int*>(take(256));
-  prepare(k, v, smoothing, kv, work_counter, stream);
-  return attend(q, kv, request, exact, false, work_counter, true, device, stream);
+  if (!rotates) {
+    prepare(k, v, smoothing, kv, {}, work_counter, stream);
+    return attend(q, {}, kv, request, exact, false, work_counter, true, device, stream);
+  }
+  const FloatOperand readable = vectorized(q);
+  const PreparedQuery prepared{reinterpret_cast<int8_t*>(take(query_codes)),
+                               reinterpret_cast<float*>(take(query_scales))};
+  const QueryParams query{static_cast<int>(q.heads),
+                          static_cast<int>(q.rows),
+                          readable.data,
+                          {readable.stride_b, readable.stride_h, readable.stride_n},
+                          rotations.query,
+                          static_cast<float>(softmax_scale(q, request)),
+                          prepared};
+  prepare(k, v, smoothing, kv, {rotations.key, query}, work_counter, stream);
+  return attend(q, prepared, kv, request, exact, false, work_counter, true, device, stream);
 }
 
 // The addresses of prepared tensors, whose shapes are right.
@@ -202,7 +238,7 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
   if (request.causal != Causal::kNone || request.wants_lse)
     counter = torch::stable::new_zeros(query, {4});
   int* work_counter = counter ? static_cast<int*>(counter->mutable_data_ptr()) : nullptr;
-  return attend(q, kv, request, exact, is_part, work_counter, false, index, stream);
+  return attend(q, {}, kv, request, exact, is_part, work_counter, false, index, stream);
 }
 
 }  // namespace
@@ -211,7 +247,8 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
             const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
             const Text& qk, const Text& granularity, const Text&, const Text& smooth,
             const Text& exponential, const Text& output_order) {
-  return attend_whole(query, key, value,
+  const DeviceGuard guard(hopper_index("query", query));
+  return attend_whole(read_operands(query, key, value, query.device()), {},
                       read_request(attn_mask, causal, scale, output_order, false), qk, granularity,
                       smooth, exponential)
       .output;
@@ -223,10 +260,36 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          std::optional<double> scale, const Text& qk,
                                          const Text& granularity, const Text&, const Text& smooth,
                                          const Text& exponential, const Text& output_order) {
-  const Result result =
-      attend_whole(query, key, value, read_request(attn_mask, causal, scale, output_order, true),
-                   qk, granularity, smooth, exponential);
+  const DeviceGuard guard(hopper_index("query", query));
+  const Result result = attend_whole(read_operands(query, key, value, query.device()), {},
+                                     read_request(attn_mask, causal, scale, output_order, true), qk,
+                                     granularity, smooth, exponential);
   return {result.output, *result.lse};
+}
+
+Tensor rotary_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const Tensor& query_cos, const Tensor& query_sin,
+                   const std::optional<Tensor>& query_rstd,
+                   const std::optional<Tensor>& query_weight, std::optional<double> query_eps,
+                   const Tensor& key_cos, const Tensor& key_sin,
+                   const std::optional<Tensor>& key_rstd, const std::optional<Tensor>& key_weight,
+                   std::optional<double> key_eps, const std::optional<Tensor>& attn_mask,
+                   const Text& causal, std::optional<double> scale, const Text& pairing,
+                   const Text& qk, const Text& granularity, const Text&, const Text& smooth,
+                   const Text& exponential, const Text& output_order) {
+  const DeviceGuard guard(hopper_index("query", query));
+  const Operands operands = read_operands(query, key, value, query.device());
+  const Rotation of_query = read_rotation("query", operands.query, query_cos, query_sin, query_rstd,
+                                          query_weight, query_eps, pairing);
+  const Rotation of_key =
+      read_rotation("key", operands.key, key_cos, key_sin, key_rstd, key_weight, key_eps, pairing);
+  check(operands.value.columns <= operands.key.columns,
+        "value must have a head_dim of at most that of key, ", operands.key.columns, ", got ",
+        operands.value.columns);
+  return attend_whole(operands, {of_query.view, of_key.view},
+                      read_request(attn_mask, causal, scale, output_order, false), qk, granularity,
+                      smooth, exponential)
+      .output;
 }
 
 Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) {
@@ -251,7 +314,7 @@ Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) 
     Tensor mean = std::get<2>(tensors);
     torch::stable::zero_(mean);
   }
-  prepare(k, v, smoothing, kv, nullptr, current_stream(device));
+  prepare(k, v, smoothing, kv, {}, nullptr, current_stream(device));
   return tensors;
 }
 

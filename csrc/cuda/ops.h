@@ -28,6 +28,18 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          const Text& smooth, const Text& exponential,
                                          const Text& output_order);
 
+// The same of a query and a key that still lack RMSNorm and rotary embeddings.
+Tensor rotary_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const Tensor& query_cos, const Tensor& query_sin,
+                   const std::optional<Tensor>& query_rstd,
+                   const std::optional<Tensor>& query_weight, std::optional<double> query_eps,
+                   const Tensor& key_cos, const Tensor& key_sin,
+                   const std::optional<Tensor>& key_rstd, const std::optional<Tensor>& key_weight,
+                   std::optional<double> key_eps, const std::optional<Tensor>& attn_mask,
+                   const Text& causal, std::optional<double> scale, const Text& pairing,
+                   const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+                   const Text& exponential, const Text& output_order);
+
 Tensor mma_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
                 const std::optional<Tensor>& attn_mask, const Text& causal,
                 std::optional<double> scale, const Text& qk, const Text& granularity,

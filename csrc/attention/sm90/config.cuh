@@ -10,6 +10,7 @@ constexpr int kKeys = 128;     // keys of a step
 constexpr int kStages = 2;     // steps of K and V in flight
 constexpr int kConsumers = 3;  // warpgroups of 64 query rows
 constexpr int kRows = 64 * kConsumers;
+static_assert(kRows == kQueryBlock);
 constexpr int kThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fetches K and V
 constexpr int kQueryThreads = 32 * kQueryWarps;

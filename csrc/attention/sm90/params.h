@@ -16,6 +16,7 @@ struct AttentionParams {
   const void* query;  // [b, h_q, n, head_dim], rows aligned to 16 bytes, head_dim a multiple of 8
   Dtype dtype;        // of query and output
   Rows query_rows;
+  PreparedQuery prepared_query;  // used in place of `query` if it has codes
 
   PreparedKv kv;
   int key_mean_columns;  // head_dim before it was padded

@@ -161,6 +161,19 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   }
 }
 
+// Copies codes and scales of one piece of work that prepare_kv made; they arrive at the barrier.
+template <class C>
+__device__ __forceinline__ void fetch_queries(const AttentionParams& p, const Work& work,
+                                              uint32_t codes, uint32_t scales, uint32_t barrier) {
+  constexpr int kBytes = kRows * C::kWidth, kScaleBytes = kRows * 4;
+  const int64_t blocks = (p.seqlen_q + kRows - 1) / kRows;
+  const int64_t block =
+      (static_cast<int64_t>(work.batch) * p.heads_q + work.head) * blocks + work.row_block;
+  barrier_expect(barrier, kBytes + kScaleBytes);
+  copy_to_shared(codes, p.prepared_query.codes + block * kBytes, kBytes, barrier);
+  copy_to_shared(scales, p.prepared_query.scales + block * kRows, kScaleBytes, barrier);
+}
+
 template <class C>
 __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const Schedule& s,
                                                  uint8_t* shared, Barriers<C> barriers, Work* works,
@@ -179,6 +192,17 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
     if (work.steps == 0) {
       barrier_arrive(barriers.query_full(slot));
       return;
+    }
+    if (p.prepared_query.codes != nullptr) {
+      if (i == 0) wait_for_previous_kernel();
+      if (thread == 0) {
+        fetch_queries<C>(p, work, shared_address(shared + C::kQueryAt + slot * kRows * C::kWidth),
+                         shared_address(shared + C::kQueryScaleAt + slot * kRows * 4),
+                         barriers.query_full(slot));
+      } else {
+        barrier_arrive(barriers.query_full(slot));
+      }
+      continue;
     }
     if constexpr (C::kHasLse) {  // reads the mean of K
       if (i == 0 && p.follows_prepare) wait_for_previous_kernel();

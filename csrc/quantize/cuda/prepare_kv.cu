@@ -15,6 +15,7 @@
 #include "cuda/error.h"
 #include "quantize/cuda/extremes.cuh"
 #include "quantize/cuda/prepared.h"
+#include "quantize/cuda/rotary.cuh"
 #include "quantize/cuda/rules.cuh"
 #include "quantize/cuda/words.cuh"
 
@@ -46,6 +47,99 @@ struct Vector8 {
     }
   }
 };
+
+__device__ __forceinline__ uint2 codes_of(const float (&x)[8]) {
+  return make_uint2(pack_s8(x[0], x[1], pack_s8(x[2], x[3], 0)),
+                    pack_s8(x[4], x[5], pack_s8(x[6], x[7], 0)));
+}
+
+// What comes of 8 adjacent channels of a row that is normed and rotated, the others of which are in
+// adjacent lanes.
+template <Pairing kPairing, int kWidth, typename Element>
+__device__ __forceinline__ void rotate(Vector8<Element>& x, const Rotary& r, int batch, int head,
+                                       int token, int column) {
+  constexpr int kLanes = kWidth / 8;
+  constexpr Dtype kDtype =
+      std::is_same_v<Element, __nv_bfloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
+  float4 cos[2], sin[2];
+  uint2 weight[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    cos[i] = entries(r.cos, batch, token, column + 4 * i);
+    sin[i] = entries(r.sin, batch, token, column + 4 * i);
+    weight[i] = weights<kDtype>(r, head, column + 4 * i);
+  }
+  const float given = given_factor(r, batch, head, token);
+  float squares = 0;
+#pragma unroll
+  for (int c = 0; c < 8; c++) squares = fmaf(x[c], x[c], squares);
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) squares += __shfl_xor_sync(~0u, squares, step);
+  const float factor = row_factor<kWidth>(r, squares, given);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float4 c = cos[i / 2], s = sin[i / 2];
+    const uint2 w = weight[i / 2];
+    const float2 z = normed<kDtype>(x.words[i], factor, i % 2 ? w.y : w.x);
+    float2 partner = z;
+    if constexpr (kPairing == Pairing::kHalves)
+      partner =
+          make_float2(__shfl_xor_sync(~0u, z.x, kLanes / 2), __shfl_xor_sync(~0u, z.y, kLanes / 2));
+    x.words[i] = packed<kDtype>(turned<kPairing>(
+        z, partner, i % 2 ? make_float2(c.z, c.w) : make_float2(c.x, c.y),
+        i % 2 ? make_float2(s.z, s.w) : make_float2(s.x, s.y), column >= kWidth / 2));
+  }
+}
+
+// Codes and scales of one block of a query's rows, which are normed and rotated first.
+template <Pairing kPairing, int kWidth, typename Element>
+__device__ __forceinline__ void prepare_query(const PrepareParams& p, int index) {
+  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads / kLanes;
+  constexpr int kBatch = 3;  // rows of a thread that are on their way together
+  const QueryParams& q = p.query;
+  const int head = index / q.blocks(), block = index % q.blocks();  // head counts batches, too
+  if (head >= p.batch * q.heads) return;
+  const int column = threadIdx.x % kLanes * 8, first_row = threadIdx.x / kLanes;
+  const int valid = min(kQueryBlock, q.seqlen - block * kQueryBlock);
+  const Element* rows = static_cast<const Element*>(q.query) + head / q.heads * q.rows.stride_b +
+                        head % q.heads * q.rows.stride_h +
+                        static_cast<int64_t>(block) * kQueryBlock * q.rows.stride_n + column;
+  int8_t* codes = q.prepared.codes + static_cast<int64_t>(index) * (kQueryBlock * kWidth);
+  float* scales = q.prepared.scales + static_cast<int64_t>(index) * kQueryBlock;
+#pragma unroll 1
+  for (int batch = first_row; batch < kQueryBlock; batch += kBatch * kRowsAtOnce) {
+    Vector8<Element> x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int row = batch + i * kRowsAtOnce;
+      x[i].load(rows + row * q.rows.stride_n, row < valid);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int row = batch + i * kRowsAtOnce;
+      rotate<kPairing, kWidth>(x[i], q.rotary, head / q.heads, head % q.heads,
+                               block * kQueryBlock + min(row, valid - 1), column);
+      uint32_t largest = 0;  // as integers, NaN is the largest
+#pragma unroll
+      for (int c = 0; c < 8; c++) largest = max(largest, __float_as_uint(fabsf(x[i][c])));
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2)
+        largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+      if (row >= valid) largest = 0;
+      const ScaleAndInverse scale = scale_and_inverse_127(__uint_as_float(largest));
+      const float inverse = q.scale < 0 ? -scale.inverse : scale.inverse;
+      if (column == 0) scales[row] = __fmul_rn(scale.scale, fabsf(q.scale) * kLog2E);
+      float scaled[8];
+#pragma unroll
+      for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[i][c], inverse);
+      uint2 eight = codes_of(scaled);
+      if (row >= valid) eight = make_uint2(0, 0);
+      *reinterpret_cast<uint2*>(codes + row * kWidth +
+                                sm90::swizzled<kWidth>(column / 16, row) * 16 + column % 16) =
+          eight;
+    }
+  }
+}
 
 // E4M3 codes of two numbers, and the values of those codes.
 __device__ __forceinline__ uint32_t e4m3_pair(float low, float high, __half2& values) {
@@ -95,7 +189,7 @@ struct Shared {
   float scale[kWidth], inverse[kWidth];
 };
 
-template <int kWidth, typename Element>
+template <int kWidth, typename Element, Pairing kPairing>
 __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     __cluster_dims__(kBlocks<kWidth>, 1, 1)
         prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
@@ -110,6 +204,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 
   sm90::let_next_kernel_start();
   if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
+  if constexpr (kPairing != Pairing::kNone) {
+    const int of_keys = static_cast<int>(p.kv.groups()) * kBlocks * p.batch * p.heads;
+    if (blockIdx.x >= of_keys) {  // whole clusters
+      prepare_query<kPairing, kWidth, Element>(p, blockIdx.x - of_keys);
+      return;
+    }
+  }
   cg::cluster_group cluster = cg::this_cluster();
   // Another block's shared memory may be written to once that block runs.
   auto started = cluster.barrier_arrive();
@@ -133,6 +234,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     k[i].load(key + (first + row) * p.key_stride_n + key_column,
               key_column < p.head_dim && row < valid);
   }
+  const auto rotate_key = [&](Vector8<Element>& x, int token) {
+    if constexpr (kPairing != Pairing::kNone)
+      rotate<kPairing, kWidth>(x, p.key_rotary, head / p.heads, head % p.heads,
+                               min(token, seqlen - 1), key_column);
+  };
   // V: a thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
   // the four codes of a channel are adjacent in the image. 16 lanes have the 64 tokens of a panel.
   const int quad = lane % 16;  // chunk quad / 4, q = quad % 4
@@ -151,6 +257,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
                        value_column < p.head_dim_v && row < valid);
     }
 
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) rotate_key(k[i], first + i * kRowsAtOnce + key_row);
+
   // The mean of K.
   if (thread < kTokens / kKeyBlock128 * 4) shared.key_amax[thread / 4][thread % 4] = 0;
   const int samples = min(kSamples, seqlen);
@@ -159,9 +268,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < kSamples / kRowsAtOnce; i++) {
       const int sample = i * kRowsAtOnce + key_row;
+      const int64_t token = static_cast<int64_t>(sample) * seqlen / samples;
       Vector8<Element> x;
-      x.load(key + static_cast<int64_t>(sample) * seqlen / samples * p.key_stride_n + key_column,
+      x.load(key + token * p.key_stride_n + key_column,
              key_column < p.head_dim && sample < samples);
+      rotate_key(x, static_cast<int>(token));
 #pragma unroll
       for (int c = 0; c < 8; c++) mean[c] += x[c] * (1.f / kSamples);
     }
@@ -224,8 +335,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     float x[8];
 #pragma unroll
     for (int c = 0; c < 8; c++) x[c] = __fmul_rn(k[i][c] - mean[c], inverse_of_key);
-    uint2 codes = make_uint2(pack_s8(x[0], x[1], pack_s8(x[2], x[3], 0)),
-                             pack_s8(x[4], x[5], pack_s8(x[6], x[7], 0)));
+    uint2 codes = codes_of(x);
     if (row >= valid) codes = make_uint2(0, 0);
     const int chunk = key_column / 16;
     const int place = sm90::swizzled<kWidth>(chunk, row);
@@ -338,23 +448,40 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   }
 }
 
-template <int kWidth, typename Element>
+template <int kWidth, typename Element, Pairing kPairing>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(p.kv.groups() * kBlocks<kWidth> * p.batch * p.heads);
+  int64_t grid = p.kv.groups() * kBlocks<kWidth> * p.batch * p.heads;
+  if (kPairing != Pairing::kNone) {
+    constexpr int kCluster = kBlocks<kWidth>;
+    const int64_t of_query = static_cast<int64_t>(p.batch) * p.query.heads * p.query.blocks();
+    grid += (of_query + kCluster - 1) / kCluster * kCluster;
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
+  config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   // Not <<<>>>: an error would have to be read from where others leave theirs.
-  check_cuda(cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element>, p),
+  check_cuda(cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing>, p),
              "the launch of prepare_kv");
+}
+
+template <int kWidth, typename Element>
+void launch(const PrepareParams& p, cudaStream_t stream) {
+  switch (p.key_rotary.pairing) {
+    case Pairing::kNone:
+      return launch<kWidth, Element, Pairing::kNone>(p, stream);
+    case Pairing::kHalves:
+      return launch<kWidth, Element, Pairing::kHalves>(p, stream);
+    case Pairing::kNeighbours:
+      return launch<kWidth, Element, Pairing::kNeighbours>(p, stream);
+  }
 }
 
 template <int kWidth>
 void launch(const PrepareParams& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case Dtype::kFloat32:
-      return launch<kWidth, float>(p, stream);
+    case Dtype::kFloat32:  // which nobody rotates
+      return launch<kWidth, float, Pairing::kNone>(p, stream);
     case Dtype::kBFloat16:
       return launch<kWidth, __nv_bfloat16>(p, stream);
     case Dtype::kFloat16:

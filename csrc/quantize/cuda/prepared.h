@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "quantize/cuda/rotary.h"
 
 namespace torch_sage {
 
@@ -38,6 +39,26 @@ struct PreparedKv {
   }
 };
 
+constexpr int kQueryBlock = 192;  // query rows of a piece of the attention kernel's work
+
+// A query as the attention kernel quantizes it otherwise, rows padded to whole blocks with zeros.
+struct PreparedQuery {
+  int8_t* codes;  // [b, h_q, rows, width], 16-byte chunks permuted like those of keys; may be null
+  float* scales;  // [b, h_q, rows], times |softmax scale| * log2(e), whose sign is in the codes
+};
+
+// What prepare_kv makes of a query and key that lack RMSNorm and rotary embeddings.
+struct QueryParams {
+  int heads, seqlen;
+  const void* query;  // of the dtype and head_dim of key, rows aligned to 16 bytes
+  Rows rows;
+  Rotary rotary;
+  float scale;  // of the scores, any sign
+  PreparedQuery prepared;
+
+  __host__ __device__ int blocks() const { return (seqlen + kQueryBlock - 1) / kQueryBlock; }
+};
+
 struct PrepareParams {
   int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8
   int key_mean_columns;                    // head_dim before it was padded
@@ -46,6 +67,8 @@ struct PrepareParams {
   Dtype dtype;
   int64_t key_stride_b, key_stride_h, key_stride_n;
   int64_t value_stride_b, value_stride_h, value_stride_n;
+  Rotary key_rotary;  // what the key lacks; then the query, too, is prepared
+  QueryParams query;
   bool smooth_key, smooth_value;
   PreparedKv kv;
   int* work_counter;  // set to zero for the attention kernel; may be null
