@@ -23,6 +23,7 @@ LEVELS: list[list[str]] = [
         "torch_sage.ops.checks",
         "torch_sage.ops.schemas",
         "torch_sage.ops.after_import",
+        "torch_sage.ops.rotary",
         "torch_sage.ops.rules",
         "torch_sage.ops.exact",
         "torch_sage.ops.triton_quantize",
@@ -32,6 +33,7 @@ LEVELS: list[list[str]] = [
         "torch_sage.ops",
         "torch_sage.ops.dispatch",
     ],
+    ["torch_sage.fusion"],
     [
         "torch_sage.attention",
         "torch_sage.prepared",
