@@ -37,7 +37,8 @@ struct Config {
   static constexpr int kValueAt = kKeyAt + kKeys * kCodeBytes;
   static constexpr int kShiftAt = kValueAt + kValueRows * kValueRowBytes;  // of the LSE, per row
   static constexpr int kAmaxAt = kShiftAt + 4 * kRows;                     // per warp
-  static constexpr int kPlainBytes = kAmaxAt + 4 * 8;
+  static constexpr int kSequenceAt = kAmaxAt + 4 * 8;
+  static constexpr int kPlainBytes = kSequenceAt + 32;
 
   // Only with a mask: of 8 rows per warp, with a distance that keeps a quad's reads on other banks.
   static constexpr int kBiasStride = kKeys + 8;
