@@ -169,6 +169,9 @@ SUPPORT: dict[str, Support] = {
 PREPARED = "cuda.sm90"
 """The row that takes keys and values quantized before, by ``prepare_kv``."""
 
+ROTARY = ("cpu", "cuda.sm90")
+"""The rows that take Q and K before their rotary embeddings, in ``rotary_sdpa``."""
+
 
 def rows_of_type(device_type: str, parts: bool = False) -> tuple[str, ...]:
     """Return the rows that some device of a type runs, the whole op or its parts.

@@ -37,6 +37,27 @@ def quantized(granularity: str = "token", **shape: int) -> tuple[Tensor, ...]:
     return (q, *ops.quantize_key(k, granularity=granularity), *ops.quantize_value(v))
 
 
+def rotary(
+    norm: str = "",
+    full: bool = False,
+    n: int = 9,
+    d: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Any, ...]:
+    """Return the arguments of ``rotary_sdpa`` up to the mask; Q and K have other sizes."""
+    q, k, v = (x.to(dtype) for x in qkv(n=n, d=d))
+    tables = [
+        torch.randn(batch, x.shape[2], d if full else d // 2, dtype=kind)
+        for x, batch, kind in ((q, 1, torch.float32), (k, 2, dtype))
+        for _ in "cs"
+    ]
+    weights = (torch.rand(4, d), torch.rand(1, d, dtype=dtype)) if norm else (None, None)
+    rstd = (torch.rand(2, 1, n), torch.rand(2, 2, 11)) if norm == "rstd" else (None, None)
+    eps = (1e-6, 1e-5) if norm == "eps" else (None, None)
+    of_query, of_key = zip(rstd, weights, eps, strict=True)
+    return (q, k, v, *tables[:2], *of_query, *tables[2:], *of_key)
+
+
 def samples() -> list[Any]:
     """Calls of every op on CPU: each granularity, masks, causality, layouts, empty tensors."""
     q, k, v = qkv()
@@ -65,6 +86,10 @@ def samples() -> list[Any]:
         ("sdpa", (q, k[:, :, :0], v[:, :, :0]), {}),
         ("sdpa_with_lse", (q[:, :, :0], k, v), {"output_order": "bshd"}),
         ("sdpa", (q[:0], k[:0], v[:0]), {}),
+        ("rotary_sdpa", rotary(), {}),
+        ("rotary_sdpa", rotary(norm="eps", full=True), {"pairing": "neighbours", "smooth": "k"}),
+        ("rotary_sdpa", rotary(norm="rstd", dtype=torch.half), {"output_order": "bshd"}),
+        ("rotary_sdpa", (*rotary(n=0), None, "top_left"), {}),
     ]
     return [
         pytest.param(name, args, kwargs, id=f"{name}-{i}")

@@ -149,8 +149,14 @@ def _placement(name: str, arg: Any, axis: int | None) -> Placement | None:
         return None
     if axis is None:
         return Replicate()
-    if name != "attn_mask":
+    if name == "attn_mask":
+        own = axis - (4 - len(arg.shape))  # a mask broadcasts from its last dimension on
+    elif name.endswith(("_cos", "_sin")):
+        own = axis if axis == BATCH else -1  # heads share the tables
+    elif name.endswith("_weight"):
+        own = axis - HEADS  # and batch entries the weights
+    elif name.endswith("_rstd"):
+        own = axis
+    else:
         return Shard(axis)
-    # A mask broadcasts from its last dimension on.
-    own = axis - (4 - len(arg.shape))
     return Shard(own) if own >= 0 and arg.shape[own] != 1 else Replicate()

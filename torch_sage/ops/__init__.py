@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 
 from torch_sage import _extension
-from torch_sage.ops import exact, gpu, rules, schemas
+from torch_sage.ops import exact, gpu, rotary, rules, schemas
 
 _reason = _extension.unavailable_reason()
 if _reason is not None:
     rules.register_missing_kernels(_reason)
 gpu.register_kernels()
+rotary.register_kernel()
 
 quantize_query = torch.ops.torch_sage.quantize_query.default
 quantize_key = torch.ops.torch_sage.quantize_key.default
@@ -24,6 +25,7 @@ attention = torch.ops.torch_sage.attention.default
 attention_with_lse = torch.ops.torch_sage.attention_with_lse.default
 sdpa = torch.ops.torch_sage.sdpa.default
 sdpa_with_lse = torch.ops.torch_sage.sdpa_with_lse.default
+rotary_sdpa = torch.ops.torch_sage.rotary_sdpa.default
 prepare_kv = torch.ops.torch_sage.prepare_kv.default
 attention_prepared = torch.ops.torch_sage.attention_prepared.default
 attention_prepared_with_lse = torch.ops.torch_sage.attention_prepared_with_lse.default

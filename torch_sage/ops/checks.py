@@ -29,6 +29,9 @@ KEY_BLOCK = 128  # tokens that share four scales of prepared keys
 VALUE_GROUP = 1024  # tokens that share a scale and a shift per channel of prepared values
 CAUSAL = ("none", "top_left", "bottom_right")
 OUTPUT_ORDERS = ("bhsd", "bshd")
+PAIRINGS = ("halves", "neighbours")
+ROTARY_DTYPES = (torch.bfloat16, torch.float16)
+ROTARY_HEAD_DIMS = (64, 128)
 
 
 def known(condition: bool | torch.SymBool) -> bool:
@@ -234,6 +237,61 @@ def sdpa_problems(
     yield from (reason.message for reason in limits(query, key, value, attn_mask))
     yield from contradictions(query, key, value, attn_mask, causal)
     yield from scale_problems(scale)
+
+
+def rotation_problems(
+    name: str,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+) -> Iterator[str]:
+    """Yield why 4-D ``x`` cannot be normed and rotated (``rotary.rotate``)."""
+    (b, h, n, d), dtypes = x.shape, (torch.float32, x.dtype)
+    if x.dtype not in ROTARY_DTYPES:
+        yield f"{name} must have dtype {names(ROTARY_DTYPES)}, got {names([x.dtype])}"
+    if all(known(d != fits) for fits in ROTARY_HEAD_DIMS):
+        yield f"{name} must have a head_dim of {names(ROTARY_HEAD_DIMS)}, got {d}"
+    yield from _table_problems(f"{name}_cos", cos, x, dtypes, ((b, 1), (n,), (d, d // 2)))
+    like_cos = [(size,) for size in cos.shape]
+    yield from _table_problems(f"{name}_sin", sin, x, (cos.dtype,), like_cos)
+    if rstd is not None:
+        like_x = ((b,), (h, 1), (n,))
+        yield from _table_problems(f"{name}_rstd", rstd, x, (torch.float32,), like_x)
+        if eps is not None:
+            yield f"{name}_eps must be None beside {name}_rstd, got {eps}"
+    if weight is not None:
+        yield from _table_problems(f"{name}_weight", weight, x, dtypes, ((h, 1), (d,)))
+    if isinstance(eps, (int, float)) and not 0 <= eps <= FLOAT32_MAX:
+        yield f"{name}_eps must be finite in float32 and not negative, got {eps}"
+
+
+def _table_problems(
+    name: str,
+    table: Tensor,
+    like: Tensor,
+    dtypes: Sequence[torch.dtype],
+    sizes: Sequence[Sequence[Size]],
+) -> Iterator[str]:
+    """Yield why ``table`` is not one of ``dtypes`` beside ``like``, each size one of ``sizes``."""
+    if table.dtype not in dtypes:
+        yield f"{name} must have dtype {names(dtypes)}, got {names([table.dtype])}"
+    if table.device != like.device:
+        yield f"{name} must be on {like.device}, got {table.device}"
+    if table.dim() != len(sizes) or any(
+        all(known(got != size) for size in allowed)
+        for got, allowed in zip(table.shape, sizes, strict=True)
+    ):
+        expected = ", ".join(names(allowed) for allowed in sizes)
+        yield f"{name} must have shape [{expected}], got {list(table.shape)}"
+
+
+def pairing_problems(pairing: str) -> Iterator[str]:
+    """Yield why ``pairing`` names no way to pair channels."""
+    if pairing not in PAIRINGS:
+        yield f"pairing must be one of {list(PAIRINGS)}, got {pairing!r}"
 
 
 def quantizer_problems(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sage.ops.rules import register_autocast, wants_gradient
+from torch_sage.ops.rules import register_autocast, register_vmap_by_calls, wants_gradient
 from torch_sage.ops.schemas import LIBRARY
 
 # Exact strides: SDPA chooses its backend, and with it the result's strides, by the input's strides.
@@ -48,17 +48,8 @@ def _register(name: str, original: torch._ops.OpOverload[..., Any]) -> None:
         op = getattr(torch.ops.torch_sage, name).default
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
-        op = getattr(torch.ops.torch_sage, name).default
-        pairs = list(zip(args, in_dims, strict=True))
-        calls = (
-            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs), **kwargs)
-            for i in range(info.batch_size)
-        )
-        return torch.stack(list(calls)), 0
-
     torch.library.register_fake(f"torch_sage::{name}", kernel, lib=LIBRARY)
-    torch.library.register_vmap(f"torch_sage::{name}", vmap, lib=LIBRARY)
+    register_vmap_by_calls(name)
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]  # torch's
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's
 

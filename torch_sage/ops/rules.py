@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from torch_sage.devices import lack_of_sm90
 from torch_sage.ops.after_import import after_import
-from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED
+from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY
 
 # Arguments that torch's own function casts under autocast, SDPA's to the region's dtype, softmax's
 # to float32; scales, means and codes of quantized operands keep their dtype.
@@ -120,6 +120,21 @@ def _register_vmap(name: str) -> None:
     torch.library.register_vmap(f"torch_sage::{name}", rule, lib=LIBRARY)
 
 
+def register_vmap_by_calls(name: str) -> None:
+    """Call the op, which has one result, for every index of the mapped dimension."""
+    op = _overload(name)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        pairs = list(zip(args, in_dims, strict=True))
+        calls = (
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs), **kwargs)
+            for i in range(info.batch_size)
+        )
+        return torch.stack(list(calls)), 0
+
+    torch.library.register_vmap(f"torch_sage::{name}", rule, lib=LIBRARY)
+
+
 def _unfold(tensor: Tensor, size: int, batch: int) -> Tensor:
     unfolded: Tensor = tensor.unflatten(0, (size, batch))  # type: ignore[no-untyped-call]  # torch's
     return unfolded
@@ -187,12 +202,12 @@ def register_missing_kernels(reason: str) -> None:
         LIBRARY.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]  # torch's
 
     for name in DEFINITIONS:
-        if name not in PREPARED:
+        if name not in PREPARED and name != ROTARY:
             register(name)
 
 
 def _register_lack_of_kernels(name: str) -> None:
-    """Say what runs an op of prepared operands, where the library has no kernel for it."""
+    """Say what runs an op of one row of the recipe table, where the library has no kernel."""
     argument = _overload(name)._schema.arguments[0].name
 
     def kernel(first: Tensor, *_: Any, **__: Any) -> Any:
@@ -210,6 +225,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "attention_prepared_part": _prepared_attention_flops,
     "sdpa": _attention_flops,
     "sdpa_with_lse": _attention_flops,
+    "rotary_sdpa": _attention_flops,
 }
 
 
@@ -224,8 +240,11 @@ for _name in DEFINITIONS:
     _register_autograd_guard(_name)
     register_autocast(_name, "cpu")
     register_autocast(_name, "cuda")
-    _register_vmap(_name)
-for _name in PREPARED:
+    if _name == ROTARY:
+        register_vmap_by_calls(_name)  # norm weights have no batch to fold into
+    else:
+        _register_vmap(_name)
+for _name in (*PREPARED, ROTARY):
     _register_lack_of_kernels(_name)
 # It imports triton, which takes half a second and makes folders.
 after_import("torch.utils.flop_counter", _register_flops)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_sage.devices import lack_of_sm90
 from torch_sage.ops import checks
 from torch_sage.ops.checks import Size
+from torch_sage.recipes import ROTARY as ROTARY_ROWS
 from torch_sage.recipes import SUPPORT, Recipe, rows_of_type
 
 LIBRARY = torch.library.Library("torch_sage", "DEF")  # type: ignore[no-untyped-call]  # torch's
@@ -59,6 +60,14 @@ DEFINITIONS: dict[str, str] = {
         " str granularity='token', str pv='bf16', str smooth='qk', str exponential='exact',"
         " str output_order='bhsd') -> (Tensor output, Tensor lse)"
     ),
+    "rotary_sdpa": (
+        "(Tensor query, Tensor key, Tensor value, Tensor query_cos, Tensor query_sin,"
+        " Tensor? query_rstd, Tensor? query_weight, float? query_eps, Tensor key_cos,"
+        " Tensor key_sin, Tensor? key_rstd, Tensor? key_weight, float? key_eps,"
+        f" {_SEMANTICS}, *, str pairing='halves', str qk='int8', str granularity='token',"
+        " str pv='bf16', str smooth='qk', str exponential='exact', str output_order='bhsd')"
+        " -> Tensor"
+    ),
     "prepare_kv": (
         "(Tensor key, Tensor value, *, str smooth='kv') -> (Tensor key_codes, Tensor key_scales,"
         " Tensor key_mean, Tensor value_codes, Tensor value_scales, Tensor value_shift)"
@@ -93,6 +102,9 @@ PREPARED = (
     "attention_prepared_part",
 )
 """The ops of one row of the recipe table alone (``recipes.PREPARED``)."""
+
+ROTARY = "rotary_sdpa"
+"""The op of few rows (``recipes.ROTARY``), which has its kernel for CPU in Python."""
 
 for _name, _schema in DEFINITIONS.items():
     LIBRARY.define(f"{_name}{_schema}", tags=OP_TAGS)  # type: ignore[no-untyped-call]  # torch's
@@ -216,6 +228,67 @@ def sdpa(
 def sdpa_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
     return sdpa(query, *args, **kwargs), empty_lse(query)
+
+
+@_fake("rotary_sdpa")
+def rotary_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_cos: Tensor,
+    query_sin: Tensor,
+    query_rstd: Tensor | None,
+    query_weight: Tensor | None,
+    query_eps: float | None,
+    key_cos: Tensor,
+    key_sin: Tensor,
+    key_rstd: Tensor | None,
+    key_weight: Tensor | None,
+    key_eps: float | None,
+    attn_mask: Tensor | None = None,
+    causal: str = "none",
+    scale: float | None = None,
+    *,
+    pairing: str = "halves",
+    qk: str = "int8",
+    granularity: str = "token",
+    pv: str = "bf16",
+    smooth: str = "qk",
+    exponential: str = "exact",
+    output_order: str = "bhsd",
+) -> Tensor:
+    """Shape of what ``sdpa`` returns for the query and key that ``rotary.rotate`` makes."""
+    require_rotations(
+        query,
+        key,
+        (query_cos, query_sin, query_rstd, query_weight, query_eps),
+        (key_cos, key_sin, key_rstd, key_weight, key_eps),
+        pairing,
+    )
+    _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
+    recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
+    rows = [row for row in rows_of_type(query.device.type) if row in ROTARY_ROWS]
+    head_dim = checks.largest_head_dim(query, value)
+    _require(checks.recipe_problems(dict.fromkeys(rows, recipe), head_dim))
+    return empty_output(query, value.shape[3], output_order)
+
+
+def require_rotations(
+    query: Tensor,
+    key: Tensor,
+    of_query: tuple[Any, ...],
+    of_key: tuple[Any, ...],
+    pairing: str,
+) -> None:
+    """Refuse what rotates no query or key: tables, rstd, weight and eps of each."""
+    _require(checks.rank_problems(query=query, key=key))
+    _require(
+        [
+            *checks.rotation_problems("query", query, *of_query),
+            *checks.rotation_problems("key", key, *of_key),
+            *checks.pairing_problems(pairing),
+        ]
+    )
 
 
 @_fake("prepare_kv")
