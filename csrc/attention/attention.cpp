@@ -206,8 +206,8 @@ Span sequence(const char* side, const Packed& packed, int index) {
   check(first >= 0 && first <= end && end <= packed.rows, "cu_seqlens_", side,
         " must not decrease, and be between 0 and the number of tokens, ", packed.rows, ", got ",
         first, " and then ", end);
-  check(end - first <= packed.longest, "max_seqlen_", side, " must be at least the length of every "
-        "sequence, got less than ", end - first);
+  check(end - first <= packed.longest, "max_seqlen_", side, " must be at least ", end - first,
+        ", the length of a sequence, got ", packed.longest);
   return {first, end - first};
 }
 

@@ -64,12 +64,13 @@ class Warp {
       values_ = p.value + key_row(p.value_rows);
     }
     tiles_ = s.tiles();
-    has_rows_ = s.first_row >= 0 && s.first_row < s.seqlen_q;
+    // Where sequences are packed, rows that see no key have their result already.
+    has_work_ = s.first_row >= 0 && s.first_row < s.seqlen_q && (tiles_ > 0 || !is_packed());
     __syncthreads();
   }
 
   __device__ __forceinline__ void run() {
-    if (!has_rows_) return;
+    if (!has_work_) return;
     softmax_.reset();
 #pragma unroll
     for (int i = 0; i < C::kRowTiles; i++) {
@@ -502,7 +503,7 @@ class Warp {
   uint8_t* shared_;
   const int lane_, warp_;
   int tiles_;
-  bool has_rows_;
+  bool has_work_;
   int64_t key_head_;
   const uint8_t* key_codes_;
   const float* key_scales_;  // of the lane's keys in tile 0
