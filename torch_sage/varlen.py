@@ -9,8 +9,14 @@ from torch_sage.config import SageConfig, as_config
 from torch_sage.devices import lack_of_varlen, rows_of
 from torch_sage.ops import packed
 from torch_sage.ops.checks import Size, largest_head_dim
-from torch_sage.ops.dispatch import causal_of, causal_problems, device_reasons
-from torch_sage.recipes import VARLEN, choose_row, resolve_in
+from torch_sage.ops.dispatch import (
+    Reason,
+    ReasonCode,
+    causal_of,
+    causal_problems,
+    device_reasons,
+)
+from torch_sage.recipes import VARLEN, Recipe, choose_row, resolve_in
 from torch_sage.reference.attention import AttentionOutput
 
 
@@ -59,7 +65,8 @@ def varlen_attention(
 
     Raises:
         TypeError: if one of the tensors is none.
-        ValueError: if the arguments contradict each other.
+        ValueError: if the arguments contradict each other, or no kernel takes their dtype or
+            head_dim.
         NotImplementedError: if the device has no kernel for packed sequences, or not for
             ``config``.
         RuntimeError: if query, key or value wants a gradient.
@@ -74,14 +81,25 @@ def varlen_attention(
     problems += packed.problems(*operands, max_seqlen_q, max_seqlen_k, alignment, scale)
     if problems:
         raise ValueError("; ".join(problems))
-    if lack := lack_of_varlen("query", query.device):
-        raise NotImplementedError(lack)
-    config = as_config(config)
-    rows = tuple(row for row in rows_of(query.device) if row in VARLEN)
-    head_dim = largest_head_dim(query, value)
-    if reasons := device_reasons(query, config, rows, head_dim):
+    recipe, reasons = choose_recipe(query, value, as_config(config))
+    if recipe is None:
         raise NotImplementedError("; ".join(reason.message for reason in reasons))
-    recipe = resolve_in(choose_row(config, rows, query.dtype, head_dim), config, query.dtype)
     run = ops.varlen_sdpa_with_lse if return_lse else ops.varlen_sdpa
     result = run(*operands, max_seqlen_q, max_seqlen_k, alignment, scale, **recipe.op_kwargs())
     return AttentionOutput(*result) if return_lse else result
+
+
+def choose_recipe(
+    query: Tensor, value: Tensor, config: SageConfig
+) -> tuple[Recipe | None, tuple[Reason, ...]]:
+    """Return what ``config`` means for packed sequences, or the reasons why nothing runs it."""
+    lack = lack_of_varlen("query", query.device)
+    if lack is not None:
+        return None, (Reason(ReasonCode.DEVICE_UNSUPPORTED, lack),)
+    rows = tuple(row for row in rows_of(query.device) if row in VARLEN)
+    head_dim = largest_head_dim(query, value)
+    reasons = device_reasons(query, config, rows, head_dim)
+    if reasons:
+        return None, tuple(reasons)
+    row = choose_row(config, rows, query.dtype, head_dim)
+    return resolve_in(row, config, query.dtype), ()

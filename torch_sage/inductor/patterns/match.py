@@ -60,6 +60,20 @@ class Match:
 
 
 @dataclass(frozen=True)
+class PackedMatch:
+    """A call of packed attention, in the terms of ``torch_sage::varlen_sdpa``."""
+
+    anchor: Node
+    """The node of the output, whose value is replaced."""
+
+    operands: tuple[Value, ...]
+    """The op's seven arguments that are tensors and lengths."""
+
+    causal: str
+    scale: float | None
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A part of the graph that looks like attention and stays as it is."""
 
