@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
 def sequences(packed: Packed) -> list[tuple[slice, slice]]:
     """Return the rows of every sequence's queries and keys."""
     edges = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
-    pairs = zip(*(zip(e[:-1], e[1:], strict=True) for e in edges), strict=True)
+    pairs = zip(*map(pairwise, edges), strict=True)
     return [(slice(*q), slice(*k)) for q, k in pairs]
 
 

@@ -16,12 +16,13 @@ using torch::stable::Tensor;
 constexpr int64_t kMaxRows = 1 << 30;  // row numbers and their differences are 32-bit
 
 // [rows, heads, columns] as the operands of other ops lie.
-Tensor as_batch(const char* name, const Tensor& tensor) {
+Tensor as_batch(const char* name, const Tensor& tensor, const Device& device) {
   check(tensor.defined(), name, " must be a tensor, got None");
   check(tensor.dim() == 3, name, " must be 3-D [tokens, heads, head_dim], got ",
         Shape{tensor.sizes()});
   check(tensor.size(0) <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ",
         tensor.size(0));
+  check_memory(name, tensor, device);  // or torch would refuse it, without a name
   return torch::stable::unsqueeze(torch::stable::transpose(tensor, 0, 1), 0);
 }
 
@@ -37,9 +38,11 @@ Packed packed_rows(const char* name, int64_t longest, const Tensor& starts, int6
 PackedOperands read_packed(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                            int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  check(query.defined(), "query must be a tensor, got None");
   const Device device = query.device();
-  const auto [q, k, v] = read_operands(as_batch("query", query), as_batch("key", key),
-                                       as_batch("value", value), device);
+  const auto [q, k, v] =
+      read_operands(as_batch("query", query, device), as_batch("key", key, device),
+                    as_batch("value", value, device), device);
   check(cu_seqlens_q.defined(), "cu_seqlens_q must be a tensor, got None");
   check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0,
         "cu_seqlens_q must be 1-D with one element more than there are sequences, got ",

@@ -7,7 +7,7 @@
 namespace torch_sage {
 
 struct PackedOperands {
-  FloatOperand query, key, value;               // [1, h, rows, columns]
+  FloatOperand query, key, value;                  // [1, h, rows, columns]
   torch::stable::Tensor query_starts, key_starts;  // contiguous int32
   Packed queries, keys;
 

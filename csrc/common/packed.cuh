@@ -30,9 +30,8 @@ __device__ __forceinline__ int find_sequence(const Packed& packed, int unit, int
   int low = 0;
   for (int count = packed.count; count > 1;) {
     const int step = (count + 31) / 32, offset = static_cast<int>(threadIdx.x % 32) * step;
-    const bool is_before =
-        offset < count &&
-        first_unit(clamped_start(packed, low + offset), low + offset, size) <= unit;
+    const bool is_before = offset < count && first_unit(clamped_start(packed, low + offset),
+                                                        low + offset, size) <= unit;
     low += max(__popc(__ballot_sync(~0u, is_before)) - 1, 0) * step;
     count = min(step, packed.count - low);
   }

@@ -133,8 +133,8 @@ uint32_t* place(KeysAndValues& kv, int64_t heads_q, Arena& arena) {
   const bool has_value = !kv.takes_value_as_it_is();
   view.key_codes = arena.take<uint8_t>(true, kv.key_bytes());
   view.key_scales = arena.take<float>(true, kv.heads() * view.tiles() * 4 * 4);
-  view.key_mean = arena.take<float>(kv.recipe.smooth.key,
-                                   kv.sequences() * kv.key.heads * kv.head_dim * 4);
+  view.key_mean =
+      arena.take<float>(kv.recipe.smooth.key, kv.sequences() * kv.key.heads * kv.head_dim * 4);
   view.value_codes = arena.take<uint8_t>(has_value, kv.value_bytes());
   view.value_scales = arena.take<float>(has_value, kv.channels() * 4);
   view.value_mean = arena.take<float>(kv.recipe.smooth.value, kv.channels() * 4);
@@ -251,8 +251,8 @@ Result attend_packed(const Tensor& query, const Tensor& key, const Tensor& value
   const int device = device_index("query", query);
   check_has_code("query", recipe.pv, device);
   const DeviceGuard guard(device);
-  const PackedOperands operands = read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k,
-                                              max_seqlen_q, max_seqlen_k);
+  const PackedOperands operands =
+      read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   KeysAndValues kv(recipe, operands.key, operands.value, operands.keys);
   const Result result = new_packed_result(operands, request.wants_lse);
   // What is new has the result of rows that see no key.
@@ -289,13 +289,13 @@ std::tuple<Tensor, Tensor> mma_sdpa_with_lse(const Tensor& query, const Tensor& 
 }
 
 Tensor mma_varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
-                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                       int64_t max_seqlen_q, int64_t max_seqlen_k, const Text& causal,
-                       std::optional<double> scale, const Text& qk, const Text& granularity,
-                       const Text& pv, const Text& smooth, const Text& exponential) {
+                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                       int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,
+                       const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+                       const Text& exponential) {
   return attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                       read_request(causal, scale, false),
-                       read_recipe(qk, granularity, pv, smooth), exponential)
+                       read_request(causal, scale, false), read_recipe(qk, granularity, pv, smooth),
+                       exponential)
       .output;
 }
 
@@ -304,9 +304,9 @@ std::tuple<Tensor, Tensor> mma_varlen_sdpa_with_lse(
     const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Text& causal,
     std::optional<double> scale, const Text& qk, const Text& granularity, const Text& pv,
     const Text& smooth, const Text& exponential) {
-  const Result result = attend_packed(
-      query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-      read_request(causal, scale, true), read_recipe(qk, granularity, pv, smooth), exponential);
+  const Result result = attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, read_request(causal, scale, true),
+                                      read_recipe(qk, granularity, pv, smooth), exponential);
   return {result.output, *result.lse};
 }
 

@@ -15,11 +15,11 @@ import torch
 
 import torch_sage  # noqa: F401  (defines the ops and loads the library)
 from torch_sage import _extension
-from torch_sage.ops.schemas import DEFINITIONS, PREPARED
+from torch_sage.ops.schemas import DEFINITIONS, PREPARED, ROTARY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WRONG_DTYPES = (torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8)
-NAMES = [name for name in DEFINITIONS if name not in PREPARED]  # those with CPU kernels
+NAMES = [name for name in DEFINITIONS if name not in (*PREPARED, ROTARY)]  # with CPU kernels
 GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
 TEXTS = {
     "causal": ("none", "top_left", "bottom_right"),

@@ -1,4 +1,4 @@
-"""Packed sequences on a GPU have the bits of every sequence alone, and no host knows their lengths."""
+"""Packed sequences on a GPU have the bits of each one alone; no host knows their lengths."""
 
 from __future__ import annotations
 

@@ -144,7 +144,10 @@ def test_bad_arguments_are_named(case: str, where: str) -> None:
         ({"cu_seqlens_q": [-1, 5, 13]}, "cu_seqlens_q must not decrease, and be between 0 and"),
         ({"cu_seqlens_k": [0, 5, 17]}, "the number of tokens, 16, got 5 and then 17"),
         ({"cu_seqlens_k": [0, 2**31 - 1, 16]}, "cu_seqlens_k must not decrease"),
-        ({"max_seqlen_k": 10}, "max_seqlen_k must be at least 11, the length of a sequence, got 10"),
+        (
+            {"max_seqlen_k": 10},
+            "max_seqlen_k must be at least 11, the length of a sequence, got 10",
+        ),
     ],
 )
 def test_lengths_that_do_not_fit_are_named_on_cpu(changes: dict[str, Any], message: str) -> None:

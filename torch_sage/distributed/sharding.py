@@ -102,7 +102,7 @@ def _rule(op: torch._ops.OpOverload[..., Any]) -> Callable[..., list[Rule]]:
                 continue
             operands = [_placement(name, arg, axis) for name, arg in zip(names, args, strict=False)]
             output: Placement = Replicate() if axis is None else Shard(axis)
-            outputs = [output] * results
+            outputs: Placements = [output] * results
             if is_packed and axis is not None and results > 1:
                 outputs[1] = Shard(axis - 1)  # the LSE has no tokens before its heads
             rules.append((outputs, [*operands, *fixed.values()]))

@@ -6,6 +6,8 @@ inputs, which cache keys cover; other node annotations are in no key, so nothing
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch_sage.config import SageConfig
 from torch_sage.inductor.graph_utils import tensor, val
 from torch_sage.inductor.patterns.match import Match, PackedMatch
@@ -40,12 +42,10 @@ def reasons_against_packed(
     match: PackedMatch, config: SageConfig
 ) -> tuple[Recipe | None, tuple[Reason, ...]]:
     """Return the recipe to compute ``match`` with, or every reason not to."""
-    tensors, rest = [tensor(x) for x in match.operands[:5]], [*match.operands[5:]]
-    longest = [x if isinstance(x, int) else val(x) for x in rest]
-    problems = packed.rank_problems(*tensors)
-    if not problems:
-        arguments = (*tensors, *longest, match.causal, match.scale)
-        problems = list(packed.contradictions(*arguments))
+    tensors = [tensor(x) for x in match.operands[:5]]
+    longest = [x if isinstance(x, int) else val(x) for x in match.operands[5:]]
+    arguments: tuple[Any, ...] = (*tensors, *longest, match.causal, match.scale)
+    problems = packed.rank_problems(*arguments[:5]) or list(packed.contradictions(*arguments))
     reasons = [Reason(ReasonCode.INVALID_INPUT, problem) for problem in problems]
     query, key, value = tensors[:3]
     if not reasons:

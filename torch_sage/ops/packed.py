@@ -71,5 +71,6 @@ def problems(*arguments: Any) -> Iterator[str]:
     if ranks:
         yield from ranks
         return
-    yield from (reason.message for reason in checks.limits(*arguments[:3], None))
+    query, key, value = arguments[:3]
+    yield from (reason.message for reason in checks.limits(query, key, value, None))
     yield from contradictions(*arguments)

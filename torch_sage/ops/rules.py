@@ -240,7 +240,9 @@ def _varlen_flops(
             return [min(length, longest) for length in starts.diff().tolist()]
         return [longest] * (starts.shape[0] - 1)
 
-    pairs = zip(lengths(cu_seqlens_q, max_seqlen_q), lengths(cu_seqlens_k, max_seqlen_k), strict=True)
+    pairs = zip(
+        lengths(cu_seqlens_q, max_seqlen_q), lengths(cu_seqlens_k, max_seqlen_k), strict=True
+    )
     scores = query.shape[1] * sum(n * m for n, m in pairs)
     return int(2 * scores * (query.shape[2] + value.shape[2]))
 

@@ -29,7 +29,8 @@ _PACKED = (
     " SymInt max_seqlen_q, SymInt max_seqlen_k, str causal='none', float? scale=None"
 )
 
-# Arguments of every other attention op after its tensors; `attn_mask` is bool (True = keep) or float.
+# Arguments of every other attention op after its tensors; `attn_mask` is bool (True = keep) or
+# float.
 _SEMANTICS = "Tensor? attn_mask=None, str causal='none', float? scale=None"
 
 DEFINITIONS: dict[str, str] = {

@@ -442,9 +442,9 @@ class Warp {
     const Sequence s = sequence();
     if (!is_packed()) return Place(p_, s.index, s.head, s.first_row + row);
     const int64_t at = s.query_start + s.first_row + row;
-    char* output = static_cast<char*>(p_.output) +
-                   (s.head * p_.output_rows.stride_h + at * p_.output_rows.stride_n) *
-                       (is_wide() ? 4 : 2);
+    char* output =
+        static_cast<char*>(p_.output) +
+        (s.head * p_.output_rows.stride_h + at * p_.output_rows.stride_n) * (is_wide() ? 4 : 2);
     return Place(static_cast<int64_t>(s.head) * p_.queries.rows + at, output,
                  s.seqlen_q - s.first_row - row);
   }

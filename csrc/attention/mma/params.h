@@ -38,7 +38,7 @@ struct AttentionParams {
   // Key m is visible to query n iff m <= n + last_key_offset and m < kv.seqlen.
   int last_key_offset;
   Causal causal;  // what follows it where sequences are packed
-  float scale;  // of the scores, any sign
+  float scale;    // of the scores, any sign
 
   MaskKind mask_kind;
   const void* mask;

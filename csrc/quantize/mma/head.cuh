@@ -8,10 +8,10 @@
 namespace torch_sage::mma {
 
 struct Head {
-  int index;   // in [batch or sequences, heads]
-  int start;   // rows of the tensor before the sequence
+  int index;  // in [batch or sequences, heads]
+  int start;  // rows of the tensor before the sequence
   int seqlen;
-  int unit;    // of the block, where it has one of the head's units of so many rows
+  int unit;  // of the block, where it has one of the head's units of so many rows
 
   __device__ __forceinline__ int64_t offset(const Rows& rows, int heads) const {
     return index / heads * rows.stride_b + index % heads * rows.stride_h + start * rows.stride_n;

@@ -19,7 +19,7 @@ template <int kWidth>
 constexpr int kTiles = kWidth == 64 ? 2 : 1;
 
 template <int kWidth>
-constexpr int kTokens = kTiles<kWidth>* kKeys;
+constexpr int kTokens = kTiles<kWidth> * kKeys;
 
 // Where a block is: tiles of one head.
 template <int kWidth>

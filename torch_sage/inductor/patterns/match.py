@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Node
 
@@ -66,7 +67,7 @@ class PackedMatch:
     anchor: Node
     """The node of the output, whose value is replaced."""
 
-    operands: tuple[Value, ...]
+    operands: tuple[Any, ...]
     """The op's seven arguments that are tensors and lengths."""
 
     causal: str

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from torch_sage.inductor.eligibility import LSE_USED, SCALE_UNKNOWN
 from torch_sage.inductor.graph_utils import bound_arguments, is_tensor, live_nodes
 from torch_sage.inductor.patterns.match import PackedMatch, Refusal
+from torch_sage.inductor.patterns.refusals import VARLEN_KIND
 from torch_sage.ops.reasons import Reason
 
 # By name: torch defines it where its module is imported, which nothing else needs.
@@ -17,10 +18,6 @@ _OPERATOR = "torch_attn._varlen_attn.default"
 _OPERANDS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 _WINDOWS = {None: False, (-1, -1): False, (-1, 0): True}  # and whether they are causal
 _KNOWN = {*_OPERANDS, "is_causal", "scale", "window_size", "enable_gqa", "num_splits"}
-
-VARLEN_KIND = Reason(
-    "varlen_kind", "Packed attention with a window, a length in use, or pages has no kernel."
-)
 
 
 def find(graph: Graph) -> Iterator[PackedMatch | Refusal]:
