@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,8 +143,9 @@ def test_hopper_prefers_its_own_row(hopper: None) -> None:
         config = SageConfig(**fields)
         assert choose_row(config, devices.rows_of(CUDA), BF16, 64) == row, fields
         assert SUPPORT[row].allows(resolve(config, CUDA, BF16, 64)), fields
-    token = resolve(SageConfig(granularity="token"), CUDA, BF16, 64)
-    assert token == triton.default
+    for granularity in ("token", "token_block"):
+        chosen = resolve(SageConfig(granularity=granularity), CUDA, BF16, 64)
+        assert chosen == replace(triton.default, granularity=granularity)
     assert resolve(SageConfig(pv="half"), CUDA, torch.float16, 64).pv == "fp16"
     assert resolve(PRESETS["sage1"], CUDA, BF16, 64) == Recipe("int8", "block", "bf16", "k")
     assert resolve(SageConfig(), CPU, BF16, 64) == SUPPORT["cpu"].default

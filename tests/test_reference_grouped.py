@@ -39,6 +39,12 @@ def test_token_thread_is_token_for_q_and_thread_in_blocks_of_128_for_k() -> None
     assert groups.tolist() == [4 * (m // 128) + m % 8 // 2 for m in range(300)] and count == 12
 
 
+def test_token_block_is_token_for_q_and_blocks_of_128_for_k() -> None:
+    assert torch.equal(reference.query_groups(300, "token_block", 128, 32)[0], torch.arange(300))
+    groups, count = reference.key_groups(300, "token_block", 64)
+    assert groups.tolist() == [m // 128 for m in range(300)] and count == 3
+
+
 @pytest.mark.parametrize("smooth", [False, True])
 def test_each_group_of_values_is_quantized_alone(smooth: bool) -> None:
     v = normal(2, 3, 250, 5) * 2.0 ** torch.arange(250).div(100, rounding_mode="floor")[:, None]

@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 QKFormat = Literal["auto", "int8", "int4"]
-Granularity = Literal["auto", "token", "thread", "warp", "block", "tensor", "token_thread"]
+Granularity = Literal[
+    "auto", "token", "thread", "warp", "block", "tensor", "token_thread", "token_block"
+]
 PVFormat = Literal["auto", "half", "bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16"]
 Exponential = Literal["auto", "exact", "mixed"]
 OnUnsupported = Literal["fallback", "warn", "error"]
 Dispatch = Literal["measured", "always"]
+Producers = Literal["measured", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,8 @@ class SageConfig:
     """Integer format of Q and K codes."""
 
     granularity: Granularity = "auto"
-    """Rows of Q and K that share one scale; ``token_thread`` is ``token`` for Q, ``thread`` for
-    K."""
+    """Rows of Q and K that share one scale; ``token_thread`` is ``token`` for Q, ``thread`` for K,
+    and ``token_block`` likewise."""
 
     pv: PVFormat = "auto"
     """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates
@@ -54,6 +57,10 @@ class SageConfig:
     dispatch: Dispatch = "measured"
     """``measured`` leaves exact SDPA where it was measured to be faster; ``always`` never does."""
 
+    producers: Producers = "measured"
+    """Whether compiled attention norms and rotates Q and K itself, if the graph does that before it
+    and the device has such kernels: where that was measured to be faster, always, or never."""
+
     on_unsupported: OnUnsupported = "fallback"
     """Unsupported input runs exact SDPA silently, with a warning, or raises NotImplementedError."""
 
@@ -68,6 +75,7 @@ class SageConfig:
             "smooth_v": (None, True, False),
             "exponential": get_args(Exponential),
             "dispatch": get_args(Dispatch),
+            "producers": get_args(Producers),
             "on_unsupported": get_args(OnUnsupported),
         }
         for name, valid in choices.items():

@@ -12,7 +12,7 @@ from torch_sage.config import SageConfig
 from torch_sage.devices import rows_of
 
 QK_FORMATS = ("int8", "int4")
-GRANULARITIES = ("token", "thread", "warp", "block", "tensor", "token_thread")
+GRANULARITIES = ("token", "thread", "warp", "block", "tensor", "token_thread", "token_block")
 PV_FORMATS = ("bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16")
 SMOOTH_LETTERS = "qkv"
 EXPONENTIALS = ("exact", "mixed")
@@ -27,7 +27,8 @@ class Recipe:
 
     granularity: str
     """Rows sharing one Q or K scale: one of ``GRANULARITIES``; ``token_thread`` has a scale for
-    every row of Q and for every fourth pair of rows in a block of 128 of K."""
+    every row of Q and for every fourth pair of rows in a block of 128 of K, ``token_block`` for
+    every row of Q and every block of 128 of K."""
 
     pv: str
     """Format of P and V and its accumulator: one of ``PV_FORMATS``."""
@@ -96,8 +97,9 @@ class Support(NamedTuple):
 # product of x86, and unlike 8-bit P it keeps the tail behind an attention sink. Q is smoothed by
 # one mean per head: on SmolLM2's own q, k, v the worst layer's cosine is .99987, .99943 without.
 #
-# CUDA, by Triton: the same arithmetic, so the same defaults; V keeps its own 16-bit type and needs
-# no pass, and fp32 V takes the one that has its range.
+# CUDA, by Triton: one scale per tile of keys leaves one FMA of scalar work to a score; to smooth Q
+# would add one more (docs/kernels/triton.md). V keeps its own 16-bit type and needs no pass, and
+# fp32 V takes the one that has its range.
 #
 # CUDA of compute capability 9.0 alone: one recipe, which leaves the least to do between the two
 # products on tensor cores (docs/kernels/hopper.md). K and V are centred in the pass that quantizes
@@ -139,9 +141,9 @@ SUPPORT: dict[str, Support] = {
         has_parts=True,
     ),
     "cuda": Support(
-        default=Recipe("int8", "token", "bf16", "qk"),
+        default=Recipe("int8", "token_block", "bf16", "k"),
         qk=("int8",),
-        granularity=("token", "thread", "warp", "block"),
+        granularity=("token_block", "token", "thread", "warp", "block"),
         pv=("bf16", "fp16"),
         smooth=_ALL_SMOOTHING,
         exponential=("exact",),

@@ -57,8 +57,8 @@ void route(Boxed hopper, Boxed mma, const char* triton, StableIValue* stack, uin
   const std::string granularity = text_at(stack, kGranularity), pv = text_at(stack, kPv);
   if (granularity == "token_thread") return hopper(stack, arguments, results);
   const bool is_e4m3 = pv == "e4m3" || pv == "e4m3_fp16";
-  if (is_e4m3 ||
-      (granularity != "token" && has_code(is_e4m3 ? "sm89" : "sm80", device_at(stack, kQuery))))
+  const bool is_tritons = granularity == "token" || granularity == "token_block";
+  if (is_e4m3 || (!is_tritons && has_code("sm80", device_at(stack, kQuery))))
     return mma(stack, arguments, results);
   call_triton(triton, stack, results);
 }

@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torch_sage
-from tests.cases import CASES, DTYPES, EMPTY_CASES, AttentionCase, Inputs, make_inputs
+from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
 from tests.numerics import assert_within_budget, relative_l1, same_bits
-from tests.triton.oracle import expected, recipe
+from tests.triton.oracle import ALL_CASES, GRANULARITIES, expected, recipe
 from torch_sage import SageConfig, reference
 from torch_sage.recipes import SUPPORT
 
 OPS = torch.ops.torch_sage
-GRANULARITIES = SUPPORT["cuda"].granularity
-ALL_CASES = [c for c in (*CASES, *EMPTY_CASES) if c.granularity in GRANULARITIES]
 ALWAYS = SageConfig(dispatch="always", on_unsupported="error")
 
 

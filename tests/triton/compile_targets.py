@@ -67,6 +67,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, An
     """Compile the attention of the default recipe."""
     tile = triton_attention.tile_for(head_dim, head_dim)
     constants = {
+        "IS_NEGATIVE": False,
         "CAUSAL": causal,
         "MASK": "none",
         "HAS_BIAS": True,
@@ -82,7 +83,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, An
         "EVEN_DV": True,
         "QUERY_SPAN": 1,
         "QUERY_LANE_ROWS": 8,
-        "KEY_SPAN": 1,
+        "KEY_SPAN": 128,
         "KEY_LANE_ROWS": 8,
         "BASE2": triton_attention.LOG2_E,
         "NATURAL": triton_attention.LN_2,
@@ -93,7 +94,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, An
     types = dict.fromkeys(("query_scales", "key_scales", "value_scales", "value_mean"), "*fp32")
     types |= dict.fromkeys(("score_bias", "mask", "lse", "lse_shift"), "*fp32")
     types |= dict.fromkeys(("query", "key"), "*i8") | dict.fromkeys(("value", "output"), f"*{half}")
-    types |= dict.fromkeys(("magnitude", "sign"), "fp32")
+    types |= {"magnitude": "fp32"}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     kernel = triton_attention._attention_kernel
     return compile_for(arch, kernel, constants, types, options)

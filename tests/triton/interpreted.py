@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import CASES, DTYPES, EMPTY_CASES, AttentionCase, Inputs, make_inputs
+from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
 from tests.numerics import assert_within_budget, same_bits
-from tests.triton.oracle import expected, recipe
+from tests.triton.oracle import ALL_CASES, GRANULARITIES, expected, recipe
 from torch_sage import recipes, reference
 from torch_sage.ops import triton_ops
 
-GRANULARITIES = recipes.SUPPORT["cuda"].granularity
 # The interpreter takes a quarter of a second each; tests/gpu/test_triton.py runs all of them.
-SOME_CASES = [c for c in (*CASES, *EMPTY_CASES) if c.granularity in GRANULARITIES][::2]
+SOME_CASES = ALL_CASES[::2]
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +152,9 @@ def test_a_row_block_that_is_no_power_of_two_is_an_error() -> None:
         triton_ops.quantize_key(
             key=x, mean=None, smooth=False, qk="int8", granularity="block", block=24
         )
-    with pytest.raises(ValueError, match=r"granularity must be one of \['token', 'thread', 'warp'"):
+    with pytest.raises(
+        ValueError, match=r"granularity must be one of \['token_block', 'token', 'thr"
+    ):
         triton_ops.quantize_key(
             key=x, mean=None, smooth=False, qk="int8", granularity="tensor", block=64
         )

@@ -19,7 +19,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from torch_sage.config import SageConfig, as_config
 from torch_sage.inductor import rewrite
-from torch_sage.inductor.constant_masks import ConstantMasks
 from torch_sage.inductor.graph_utils import aten, erase_assertions
 from torch_sage.inductor.passes import publish
 from torch_sage.inductor.patterns import direct, fused, manual, varlen
@@ -120,10 +119,10 @@ def _rewrite(graph: Graph, config: SageConfig) -> list[AttentionRecord]:
     erase_assertions(graph)
     for node, outcome in direct.find(graph):
         rewrite.note(node, outcome)
-    masks = ConstantMasks()
+    shared = rewrite.Shared(has_python=False)  # the program may be compiled for C++
     for pattern in (manual, fused):
         for found in pattern.find(graph):
-            rewrite.apply(graph, found, config, masks)
+            rewrite.apply(graph, found, config, shared)
     for packed in varlen.find(graph):
         rewrite.apply_packed(graph, packed, config)
     return [record for node in graph.nodes for record in node.meta.pop(META_KEY, ())]

@@ -60,7 +60,8 @@ def _table(nodes: list[dict[str, Any]]) -> str:
 
 def _outcome(node: dict[str, Any]) -> str:
     if node["recipe"]:
-        return f"<td class=rewritten>{escape(node['recipe'])}</td>"
+        also = f", with {node['producers']}" if node["producers"] else ""
+        return f"<td class=rewritten>{escape(node['recipe'] + also)}</td>"
     reasons = "<br>".join(
         f"<code>{escape(r['code'])}</code> {escape(r['message'])}" for r in node["reasons"]
     )

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch.fx import Graph, Node
 
 from torch_sage import _extension
 from torch_sage.config import SageConfig
 from torch_sage.inductor import rewrite
-from torch_sage.inductor.constant_masks import ConstantMasks
 from torch_sage.inductor.eligibility import TORCH_FUSION, TRAINING
 from torch_sage.inductor.graph_utils import erase_assertions, is_training, output_node
 from torch_sage.inductor.patterns import direct, encoder_layer, fused, manual, varlen
@@ -139,10 +139,10 @@ class PrePass(SagePass):
         erase_assertions(graph)
         for node, outcome in direct.find(graph):
             rewrite.note(node, outcome)
-        refused, wrong_softmax, masks = [], False, ConstantMasks()
+        refused, wrong_softmax, shared = [], False, _shared()
         for pattern in (encoder_layer, manual):
             for found in pattern.find(graph):
-                if not rewrite.apply(graph, found, config, masks):
+                if not rewrite.apply(graph, found, config, shared):
                     refused.append(found.anchor)
                 if isinstance(found, Refusal):
                     wrong_softmax |= SOFTMAX_DIM in found.reasons
@@ -159,7 +159,7 @@ class PostPass(SagePass):
         """Rewrite what is eligible, or say why the graph stays untouched."""
         training = is_training(graph)
         state = output_node(graph).meta.pop(_PRE_STATE_KEY, None)
-        new_nodes, masks = False, ConstantMasks()
+        new_nodes, shared = False, _shared()
         for found in fused.find(graph):
             node = found.anchor if isinstance(found, Refusal) else _operator(found)
             is_new = state is not None and node not in state.fused
@@ -169,7 +169,7 @@ class PostPass(SagePass):
                 against = (TRAINING,)
             elif is_new and state.wrong_softmax:
                 against = (TORCH_FUSION,)
-            rewrite.apply(graph, found, config, masks, against)
+            rewrite.apply(graph, found, config, shared, against)
         for packed in varlen.find(graph):
             rewrite.apply_packed(graph, packed, config, (TRAINING,) if training else ())
         if state is not None and not new_nodes:
@@ -213,6 +213,11 @@ def publish(records: Iterable[AttentionRecord]) -> None:
         metadata_fn=lambda: {"name": "torch_sage_report", "encoding": "json"},
         payload_fn=lambda: payload,
     )
+
+
+def _shared() -> rewrite.Shared:
+    """Return what one run shares; a package of AOTInductor is for processes without Python."""
+    return rewrite.Shared(has_python=not V.aot_compilation)
 
 
 def _operator(match: Match) -> Node:

@@ -49,6 +49,14 @@ class AttentionRecord:
     reasons: tuple[Reason, ...]
     """Why it was left alone; empty when rewritten."""
 
+    producers: str = ""
+    """What else the op does, such as ``rotation``, that the graph did before it; or ""."""
+
+    @property
+    def outcome(self) -> str:
+        """Return the recipe and what else the op does, "" when it was left alone."""
+        return f"{self.recipe}, with {self.producers}" if self.producers else self.recipe
+
     @property
     def rewritten(self) -> bool:
         """Return whether the node became a torch_sage op."""

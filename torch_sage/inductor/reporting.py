@@ -143,7 +143,7 @@ def _line(record: AttentionRecord) -> str:
     shapes = f"q {record.query}, k {record.key}" if record.query else record.target
     mask = f", mask {record.attn_mask}" if record.attn_mask else ""
     causal = f", causal {record.causal}" if record.causal not in ("", "none") else ""
-    outcome = record.recipe or "skipped: " + "; ".join(
+    outcome = record.outcome or "skipped: " + "; ".join(
         f"{reason.code} ({reason.message})" for reason in record.reasons
     )
     return f"{where or record.target}: {shapes}{mask}{causal} [{record.pattern}] -> {outcome}"

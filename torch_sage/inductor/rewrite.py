@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 
 from torch_sage.config import SageConfig
+from torch_sage.devices import rows_of
 from torch_sage.inductor.constant_masks import ConstantMasks
 from torch_sage.inductor.eligibility import (
     OUTPUT_LAYOUT,
@@ -19,6 +21,7 @@ from torch_sage.inductor.eligibility import (
     reasons_against_packed,
 )
 from torch_sage.inductor.graph_utils import (
+    Planned,
     bound_arguments,
     erase_dead,
     has_strides,
@@ -30,6 +33,8 @@ from torch_sage.inductor.graph_utils import (
     tensor,
 )
 from torch_sage.inductor.patterns.match import Match, PackedMatch, Refusal
+from torch_sage.inductor.producers.fuse import fused
+from torch_sage.inductor.producers.tables import Tables
 from torch_sage.inductor.records import (
     META_KEY,
     AttentionRecord,
@@ -40,17 +45,27 @@ from torch_sage.inductor.records import (
 )
 from torch_sage.ops.checks import largest_head_dim
 from torch_sage.ops.reasons import Reason
-from torch_sage.recipes import Recipe, resolve
+from torch_sage.recipes import Recipe, choose_row, resolve_in
 
 # Informational annotations that new nodes inherit from the node they replace.
 _INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the rewrites of one graph share."""
+
+    masks: ConstantMasks = field(default_factory=ConstantMasks)
+    tables: Tables = field(default_factory=Tables)
+    has_python: bool = True
+    """Whether the compiled graph runs in a process that has this package."""
 
 
 def apply(
     graph: Graph,
     found: Match | Refusal,
     config: SageConfig,
-    masks: ConstantMasks,
+    shared: Shared,
     against: tuple[Reason, ...] = (),
 ) -> bool:
     """Rewrite ``found`` if nothing is ``against`` it; attach the record either way.
@@ -61,15 +76,36 @@ def apply(
     if isinstance(found, Refusal):
         attach(found.anchor, _record(found, "", against or found.reasons))
         return False
-    found = masks.simplified(found)
+    found = shared.masks.simplified(found)
     reasons = against or reasons_against(found, config)
     if reasons:
         attach(found.anchor, _record(found, "", reasons))
         return False
     query = tensor(found.query)
     head_dim = largest_head_dim(query, tensor(found.value))
-    recipe = resolve(config, query.device, query.dtype, head_dim)
-    op = plan(
+    row = choose_row(config, rows_of(query.device), query.dtype, head_dim)
+    recipe = resolve_in(row, config, query.dtype)
+    whole = fused(found, config, row, recipe, shared.tables, shared.has_python)
+    op = _plain(found, recipe) if whole is None else whole.op
+    result = found.finish(op)
+    anchor = found.anchor
+    if result is None or not (
+        has_strides(tensor(result), tensor(anchor).stride()) or not found.keeps_strides
+    ):
+        attach(anchor, _record(found, "", (OUTPUT_LAYOUT,)))
+        return False
+    record = _record(found, recipe.name, (), "" if whole is None else whole.producers)
+    for gone, stays in found.sizes.items():
+        gone.replace_all_uses_with(stays)
+        graph.erase_node(gone)
+    _replace(graph, anchor, insert_before(graph, anchor, result))
+    assert op.node is not None
+    attach(op.node, record)
+    return True
+
+
+def _plain(found: Match, recipe: Recipe) -> Planned:
+    return plan(
         torch.ops.torch_sage.sdpa.default,
         found.query,
         found.key,
@@ -80,21 +116,6 @@ def apply(
         output_order=found.output_order,
         **recipe.op_kwargs(),
     )
-    result = found.finish(op)
-    anchor = found.anchor
-    if result is None or not (
-        has_strides(tensor(result), tensor(anchor).stride()) or not found.keeps_strides
-    ):
-        attach(anchor, _record(found, "", (OUTPUT_LAYOUT,)))
-        return False
-    record = _record(found, recipe.name, ())
-    for gone, stays in found.sizes.items():
-        gone.replace_all_uses_with(stays)
-        graph.erase_node(gone)
-    _replace(graph, anchor, insert_before(graph, anchor, result))
-    assert op.node is not None
-    attach(op.node, record)
-    return True
 
 
 def apply_packed(
@@ -184,14 +205,16 @@ def note(node: Node, outcome: Recipe | Reason) -> None:
     attach(node, _describe("direct", node, operands, bound.get("causal", ""), recipe, reasons))
 
 
-def _record(found: Match | Refusal, recipe: str, reasons: tuple[Reason, ...]) -> AttentionRecord:
+def _record(
+    found: Match | Refusal, recipe: str, reasons: tuple[Reason, ...], producers: str = ""
+) -> AttentionRecord:
     if isinstance(found, Refusal):
         values, causal = found.operands, ""
     else:
         names = ("query", "key", "value", "attn_mask")
         values, causal = {name: getattr(found, name) for name in names}, found.causal
     operands = {name: tensor(value) for name, value in values.items() if value is not None}
-    return _describe(found.pattern, found.anchor, operands, causal, recipe, reasons)
+    return _describe(found.pattern, found.anchor, operands, causal, recipe, reasons, producers)
 
 
 def _describe(
@@ -201,6 +224,7 @@ def _describe(
     causal: str,
     recipe: str,
     reasons: tuple[Reason, ...],
+    producers: str = "",
 ) -> AttentionRecord:
     query = operands.get("query")
     return AttentionRecord(
@@ -215,5 +239,6 @@ def _describe(
         causal=causal,
         device="" if query is None else str(query.device),
         recipe=recipe,
+        producers=producers,
         reasons=reasons,
     )

@@ -40,6 +40,7 @@ __all__ = [
     "causal_of",
     "causal_problems",
     "device_reasons",
+    "hint",
     "is_plain",
     "validate",
     "why_not",
@@ -366,7 +367,7 @@ def _exact_is_faster(
     config: SageConfig,
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes, or at their hints."""
-    batch, heads_q, seqlen_q, head_dim = (_hint(size) for size in query.shape)
+    batch, heads_q, seqlen_q, head_dim = (hint(size) for size in query.shape)
     row = choose_row(
         config, rows_of(query.device), query.dtype, checks.largest_head_dim(query, value)
     )
@@ -377,9 +378,9 @@ def _exact_is_faster(
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,
-        seqlen_k=_hint(key.shape[2]),
+        seqlen_k=hint(key.shape[2]),
         head_dim=head_dim,
-        head_dim_v=_hint(value.shape[3]),
+        head_dim_v=hint(value.shape[3]),
     )
 
 
@@ -387,7 +388,7 @@ def _exact_is_faster(
 UNKNOWN_SIZE = 4096
 
 
-def _hint(size: Size) -> int:
+def hint(size: Size) -> int:
     """Return a size to judge speed by; reading it adds no guard, but for dynamo outside export.
 
     There the guard is wanted: a length on the other side of the crossover compiles a graph of its
@@ -402,4 +403,4 @@ def _hint(size: Size) -> int:
         return int(size)
     if isinstance(size, int):
         return size
-    return int(size.node.hint) if size.node.has_hint() else UNKNOWN_SIZE
+    return int(size.node.hint) if size.node.hashint() else UNKNOWN_SIZE

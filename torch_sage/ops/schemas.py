@@ -19,6 +19,7 @@ from torch_sage.ops.checks import Size
 from torch_sage.recipes import ROTARY as ROTARY_ROWS
 from torch_sage.recipes import SUPPORT, Recipe, rows_of_type
 from torch_sage.recipes import VARLEN as VARLEN_ROWS
+from torch_sage.reference.quantize import TOKEN_BLOCK
 
 LIBRARY = torch.library.Library("torch_sage", "DEF")  # type: ignore[no-untyped-call]  # torch's
 OP_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -439,6 +440,7 @@ def query_groups(seqlen: Size, granularity: str, block: int, warp: int) -> Size:
     groups = {
         "tensor": 1,
         "token": seqlen,
+        "token_block": seqlen,
         "block": blocks,
         "warp": blocks * (block // warp),
         "thread": blocks * (block // warp) * 8,
@@ -452,6 +454,7 @@ def key_groups(seqlen: Size, granularity: str, block: int) -> Size:
     groups = {
         "tensor": 1,
         "token": seqlen,
+        "token_block": (seqlen + TOKEN_BLOCK - 1) // TOKEN_BLOCK,
         "block": blocks,
         "warp": blocks,
         "thread": blocks * 4,

@@ -22,6 +22,8 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 FP32_MAX = torch.finfo(torch.float32).max
 
+SUMS = tl.constexpr(8)  # columns of ones behind V, all for the same sum: the least of a product
+
 
 class Query(NamedTuple):
     """Quantized queries."""
@@ -92,7 +94,6 @@ def _attend(
     mask,
     mask_stride_n,
     mask_stride_m,
-    sign,
     seqlen_q,
     seqlen_k,
     channels,
@@ -114,6 +115,7 @@ def _attend(
     """Attend to the keys from ``first`` to ``last``; ``HIDES`` if a row does not see them all."""
     channel = tl.arange(0, BLOCK_D)
     channel_v = tl.arange(0, BLOCK_DV)
+    ones = tl.full([BLOCK_M, SUMS], 1.0, value.dtype.element_ty)
     for start in range(first, last, BLOCK_M):
         start = tl.multiple_of(start, BLOCK_M)
         col = start + tl.arange(0, BLOCK_M)
@@ -128,41 +130,51 @@ def _attend(
         else:
             is_code = is_key[None, :] & (channel < channels)[:, None]
             codes = tl.load(pointers, mask=is_code, other=0)
-        index = _tile_index(col, KEY_SPAN, KEY_LANE_ROWS)
-        key_scale = tl.load(key_scales + index, mask=is_key, other=1.0) * sign
+        score = tl.dot(query, codes, out_dtype=tl.int32).to(tl.float32)
+        if KEY_LANE_ROWS == 8 and KEY_SPAN % BLOCK_M == 0:
+            # All keys of the tile share a scale.
+            factor = query_scale * tl.load(key_scales + start // KEY_SPAN)
+        else:
+            index = _tile_index(col, KEY_SPAN, KEY_LANE_ROWS)
+            score *= tl.load(key_scales + index, mask=is_key, other=1.0)[None, :]
+            factor = query_scale
 
-        # The factor of a row is positive, so the maximum may be taken before it is applied, unless
-        # something is added.
-        score = tl.dot(query, codes, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
-        score = score * query_scale[:, None]
-        if HAS_BIAS:
-            score += tl.load(score_bias + col, mask=is_key, other=0.0)[None, :]
-        if MASK != "none":
-            at = (
-                mask + row.to(tl.int64)[:, None] * mask_stride_n + wide_col[None, :] * mask_stride_m
-            )
-            is_score = (row < seqlen_q)[:, None] & is_key[None, :]
-            if MASK == "bool":
-                keep = tl.load(at, mask=is_score, other=0)
-                score = tl.where(keep != 0, score, float("-inf"))
-            else:
-                bias = tl.load(at, mask=is_score, other=0.0).to(tl.float32)
-                # A finite element stays finite: a row of finfo.min is uniform, not hidden.
-                added = tl.minimum(tl.maximum(bias * BASE2, -LARGEST), LARGEST)
-                score += tl.where(bias == float("inf"), bias, added)
-                score = tl.where(bias == float("-inf"), bias, score)
-        if HIDES:
-            score = tl.where(col[None, :] < visible[:, None], score, float("-inf"))
-
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+        if HAS_BIAS or MASK != "none" or HIDES:
+            score = score * factor[:, None]
+            if HAS_BIAS:
+                score += tl.load(score_bias + col, mask=is_key, other=0.0)[None, :]
+            if MASK != "none":
+                at = mask + row.to(tl.int64)[:, None] * mask_stride_n
+                at += wide_col[None, :] * mask_stride_m
+                is_score = (row < seqlen_q)[:, None] & is_key[None, :]
+                if MASK == "bool":
+                    keep = tl.load(at, mask=is_score, other=0)
+                    score = tl.where(keep != 0, score, float("-inf"))
+                else:
+                    bias = tl.load(at, mask=is_score, other=0.0).to(tl.float32)
+                    # A finite element stays finite: a row of finfo.min is uniform, not hidden.
+                    added = tl.minimum(tl.maximum(bias * BASE2, -LARGEST), LARGEST)
+                    score += tl.where(bias == float("inf"), bias, added)
+                    score = tl.where(bias == float("-inf"), bias, score)
+            if HIDES:
+                score = tl.where(col[None, :] < visible[:, None], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=1))
+            origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weight = tl.exp2(score - origin[:, None])
+        else:
+            # The factor is not negative, so the maximum may be taken before it is applied, and
+            # applying it costs nothing: it is one FMA with the subtraction.
+            new_top = tl.maximum(top, tl.max(score, axis=1) * factor)
+            origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weight = tl.exp2(score * factor[:, None] - origin[:, None])
         rescale = tl.exp2(top - origin)
-        weight = tl.exp2(score - origin[:, None])
         top = new_top
         rounded = weight.to(value.dtype.element_ty)
-        total = total * rescale + tl.sum(rounded.to(tl.float32), axis=1)
         if WANTS_LSE:
             total_exact = total_exact * rescale + tl.sum(weight, axis=1)
+        # The sum of what was rounded, by the tensor cores: to round a lone number, and to widen it
+        # for an addition, costs an H100 as much as the exponential.
+        total = tl.dot(rounded, ones, total * rescale[:, None])
         accumulated = accumulated * rescale[:, None]
         pointers = value + wide_col[:, None] * value_stride + channel_v[None, :] * value_stride_d
         if EVEN_DV and not HIDES:
@@ -215,8 +227,8 @@ def _attention_kernel(
     key_groups,
     tiles,
     magnitude,  # |scale| * log2(e)
-    sign,
     offset,  # row n sees the keys up to n + offset
+    IS_NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -258,6 +270,8 @@ def _attention_kernel(
         mask=is_row[:, None] & (channel < channels)[None, :],
         other=0,
     )
+    if IS_NEGATIVE:
+        codes = -codes
     index = _tile_index(row, QUERY_SPAN, QUERY_LANE_ROWS)
     query_scale = tl.load(query_scales + head * query_groups + index, mask=is_row, other=0.0)
     query_scale = query_scale * magnitude
@@ -273,7 +287,7 @@ def _attention_kernel(
     whole = seen_by_all // BLOCK_M * BLOCK_M
 
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N, SUMS], tl.float32)
     total_exact = tl.zeros([BLOCK_N], tl.float32)
     accumulated = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     key += batch * key_stride_b + head_kv * key_stride_h
@@ -302,7 +316,6 @@ def _attention_kernel(
             mask,
             mask_stride_n,
             mask_stride_m,
-            sign,
             seqlen_q,
             seqlen_k,
             channels,
@@ -323,6 +336,7 @@ def _attention_kernel(
         )
 
     is_channel = channel_v < channels_v
+    total = tl.max(total, axis=1)
     result = accumulated / total[:, None]
     if HAS_VALUE_SCALES:
         at = value_scales + key_head * channels_v + channel_v
@@ -403,6 +417,7 @@ def attention(
         if mask_kind == "bool":
             mask = mask.view(torch.uint8)
     arguments: dict[str, Any] = {
+        "IS_NEGATIVE": scale < 0,
         "CAUSAL": causal != "none",
         "MASK": mask_kind,
         "HAS_BIAS": keys.score_bias is not None,
@@ -455,7 +470,6 @@ def attention(
         keys.scales.shape[2],
         tiles,
         abs(scale) * LOG2_E,
-        -1.0 if scale < 0 else 1.0,
         m - n if causal == "bottom_right" else 0,
         **arguments,
     )

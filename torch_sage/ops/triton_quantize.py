@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_sage.reference.quantize import TOKEN_BLOCK
+
 LARGEST_CODE = 127
 SCALE_OF_AMAX = struct.unpack("f", struct.pack("f", 1 / LARGEST_CODE))[0]
 AMAX_FLOOR = 2.0**-100  # R3: keeps scale and inverse normal numbers
@@ -49,6 +51,7 @@ def query_groups(granularity: str, block: int, warp: int) -> Groups:
     _require_powers(block=block, warp=warp)
     groups = {
         "token": Groups(1, 1, 8),
+        "token_block": Groups(1, 1, 8),
         "thread": Groups(block, warp, 1),
         "warp": Groups(block, warp, 8),
         "block": Groups(block, block, 8),
@@ -65,6 +68,7 @@ def key_groups(granularity: str, block: int) -> Groups:
     _require_powers(block=block)
     groups = {
         "token": Groups(1, 1, 8),
+        "token_block": Groups(TOKEN_BLOCK, TOKEN_BLOCK, 8),
         "thread": Groups(block, block, 2),
         "warp": Groups(block, block, 8),
         "block": Groups(block, block, 8),

@@ -22,8 +22,9 @@ E4M3_RANGES = {"e4m3": (448.0, 448.0), "e4m3_fp16": (112.0, 9.0)}
 
 FP16_FORMATS = ("fp16", "fp16_fp16")  # they differ in the accumulator
 
-# Granularity "token_thread": Q as "token", K as "thread" in blocks of so many rows.
-TOKEN_THREAD_BLOCK = 128
+# Granularities "token_thread" and "token_block": Q as "token", K as "thread" or "block" in blocks of
+# so many rows.
+TOKEN_BLOCK = 128
 
 # R3: an all-zero group still has a scale > 0, and scale and inverse stay normal numbers.
 AMAX_FLOOR = 2.0**-100
@@ -46,15 +47,15 @@ def query_groups(seqlen: int, granularity: str, block: int, warp: int) -> tuple[
         return n // warp, blocks * (block // warp)
     if granularity == "thread":
         return 8 * (n // warp) + n % 8, blocks * (block // warp) * 8
-    if granularity == "token_thread":
+    if granularity in ("token_thread", "token_block"):
         granularity = "token"
     return _common_groups(n, granularity, block)
 
 
 def key_groups(seqlen: int, granularity: str, block: int) -> tuple[Tensor, int]:
     """Return the scale index of every key row and the number of scales (table of 2.2)."""
-    if granularity == "token_thread":
-        granularity, block = "thread", TOKEN_THREAD_BLOCK
+    if granularity in ("token_thread", "token_block"):
+        granularity, block = granularity.removeprefix("token_"), TOKEN_BLOCK
     m = torch.arange(seqlen)
     blocks = -(-seqlen // block)
     if granularity == "warp":
@@ -75,7 +76,7 @@ def _common_groups(rows: Tensor, granularity: str, block: int) -> tuple[Tensor, 
         return rows // block, -(-len(rows) // block)
     raise ValueError(
         "granularity must be one of ['token', 'thread', 'warp', 'block', 'tensor',"
-        f" 'token_thread'], got {granularity!r}"
+        f" 'token_thread', 'token_block'], got {granularity!r}"
     )
 
 
