@@ -77,8 +77,10 @@ def varlen_attention(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     alignment = causal_of(None, is_causal, causal)[1]
-    problems = causal_problems(None, is_causal, causal)
-    problems += packed.problems(*operands, max_seqlen_q, max_seqlen_k, alignment, scale)
+    problems = [
+        *causal_problems(None, is_causal, causal),
+        *packed.problems(*operands, max_seqlen_q, max_seqlen_k, alignment, scale),
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     recipe, reasons = choose_recipe(query, value, as_config(config))

@@ -403,4 +403,4 @@ def hint(size: Size) -> int:
         return int(size)
     if isinstance(size, int):
         return size
-    return int(size.node.hint) if size.node.hashint() else UNKNOWN_SIZE
+    return int(size.node.hint) if size.node.has_hint() else UNKNOWN_SIZE
