@@ -15,9 +15,12 @@ RECIPE = {"qk": "int8", "granularity": "token_thread", "pv": "e4m3_fp16", "smoot
 TILES = (
     Tile(128, 64, 8, 3),
     Tile(128, 64, 4, 3),
-    Tile(128, 64, 8, 4),
     Tile(128, 128, 8, 3),
+    Tile(64, 128, 4, 2),
+    Tile(64, 128, 4, 3),
+    Tile(64, 64, 4, 2),
     Tile(64, 64, 4, 3),
+    Tile(128, 64, 8, 2),
 )
 
 
@@ -77,7 +80,7 @@ def mma(pv: str, smooth: str) -> Contender:
     return Contender(lack_mma, calls)
 
 
-def triton(smooth: str, tile: Tile | None = None) -> Contender:
+def triton(smooth: str, tile: Tile | None = None, granularity: str = "token_block") -> Contender:
     """Return the portable kernels, with another tile than theirs if one is given."""
 
     def calls(problem: Problem) -> Calls:
@@ -88,7 +91,9 @@ def triton(smooth: str, tile: Tile | None = None) -> Contender:
             chosen = triton_attention.tile_for
             triton_attention.tile_for = (lambda *_: tile) if tile else chosen
             try:
-                return torch.ops.torch_sage.sdpa(query, key, value, None, causal, smooth=smooth)
+                return torch.ops.torch_sage.sdpa(
+                    query, key, value, None, causal, granularity=granularity, smooth=smooth
+                )
             finally:
                 triton_attention.tile_for = chosen
 
@@ -106,5 +111,6 @@ MMA: dict[str, Contender] = {
 TRITON: dict[str, Contender] = {
     "triton": triton("k"),
     "triton-qk": triton("qk"),
+    "triton-token": triton("k", granularity="token"),
     **{f"triton-{'x'.join(map(str, tile))}": triton("k", tile) for tile in TILES},
 }

@@ -1,4 +1,4 @@
-"""The study of producers without a GPU: its layers, and how it tells kernels apart."""
+"""The benchmark of fused norms and rotations without a GPU: layers, kernels by name, the rule."""
 
 from __future__ import annotations
 
@@ -11,38 +11,44 @@ import torch.nn.functional as F
 
 import torch_sage
 from benchmarks import bench_producer
-from benchmarks.gpu import blocks
+from benchmarks.gpu import blocks, rotations
+from tests.inductor.graphs import captured_graphs, count
+from torch_sage import ops
 
 # What Inductor writes for a layer, cut to the lines that matter.
 CODE = """
-        stream0 = get_raw_stream(0)
+triton_red_fused_native_layer_norm_0 = async_compile.triton('triton_red_fused_native_layer_norm_0')
         triton_red_fused_native_layer_norm_0.run(arg0_1, buf3, 4608, 3072, stream=stream0)
-        extern_kernels.mm(reinterpret_tensor(buf3, (4608, 3072), (3072, 1), 0), arg2_1, out=buf4)
         extern_kernels.mm(buf3, arg3_1, out=buf14)
         triton_per_fused_add_mul_1.run(buf4, arg5_1, arg6_1, buf7, 110592, 128, stream=stream0)
-        triton_per_fused_add_mul_2.run(buf9, arg5_1, arg6_1, buf10, 110592, 128, stream=stream0)
-        buf15 = torch.ops.torch_sage.sdpa.default(buf7, reinterpret_tensor(buf10, (1, 24), (1, 1), 0), reinterpret_tensor(buf14, (1, 24), (1, 1), 0), None, 'none', None, qk='int8')
-        triton_poi_fused_sdpa_gelu_3.run(buf16, buf14, 56623104, stream=stream0)
-"""  # noqa: E501
+        triton_per_fused_add_mul_1.run(buf9, arg5_1, arg6_1, buf10, 110592, 128, stream=stream0)
+        buf15 = torch.ops.torch_sage.sdpa.default(buf7, buf10, buf14, None, 'none', qk='int8')
+"""
 
 
-def test_producers_write_q_or_k() -> None:
-    found = bench_producer.producers(CODE)
-    assert found == {"triton_per_fused_add_mul_1", "triton_per_fused_add_mul_2"}
-    parts = {
-        "triton_per_fused_add_mul_1": "producer",
-        "triton_poi_fused_sdpa_gelu_3": "rest",
-        "void torch_sage::(anonymous)::prepare_kv_kernel<128>(X)": "prepare",
-        "void torch_sage::mma::statistics_kernel<128, false>(PrepareParams)": "prepare",
-        "void torch_sage::sm90::attention_kernel<torch_sage::sm90::Config<128> >(X)": "attention",
-        "_attention_kernel": "attention",
-        "_rows_kernel": "prepare",
-        "void cudnn::fusion::flash_fprop_sm90": "attention",
-        "nvjet_tst_128x256_64x4_2x1_v_bz_TNT": "linear",
-        "triton_tem_fused_mm_4": "linear",
-        "void at::native::vectorized_elementwise_kernel<4>": "rest",
-    }  # fmt: skip
-    assert {kernel: bench_producer.part_of(kernel, found) for kernel in parts} == parts
+def test_launches_are_counted_by_name() -> None:
+    norm, rotation = "triton_red_fused_native_layer_norm_0", "triton_per_fused_add_mul_1"
+    assert bench_producer.launches([CODE, CODE]) == [norm, rotation, rotation] * 2
+
+
+def test_the_rule_leaves_out_every_loss() -> None:
+    gains = {(1024, 10): 0.9, (2048, 10): 0.97, (2048, 40): 1.02, (4096, 20): 1.0, (8192, 90): 1.1}
+    records = [{"tokens": t, "elements": e, "gain": gain} for (t, e), gain in gains.items()]
+    assert rotations.least(records) == {"tokens": 4096, "elements": 20}
+    assert rotations.least(records, 2.0) == {"tokens": float("inf"), "elements": float("inf")}
+
+
+@pytest.mark.parametrize("name", rotations.KINDS)
+@torch.no_grad()
+def test_every_kind_is_fused(name: str) -> None:
+    kind = rotations.KINDS[name]._replace(heads=4, heads_kv=2)
+    inputs = rotations.operands(kind, 40, "cpu")
+    outputs = {}
+    for way, op in (("sage", ops.sdpa), ("fused", ops.rotary_sdpa)):
+        options = torch_sage.options(bench_producer.SAGE[way])
+        outputs[way], graphs = captured_graphs(rotations.attend(kind), *inputs, patches=options)
+        assert count(graphs, op) == 1
+    assert bench_producer.cosine(*(x.flatten(2) for x in outputs.values())) > 0.999
 
 
 @pytest.mark.parametrize("name", blocks.BLOCKS)
@@ -61,7 +67,7 @@ def test_layers_are_rewritten(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         exact = layer(*inputs)
     assert shapes == [((1, 2, 128, 128), (1, 2, 128, 128), name == "llama")]
     program = torch.export.export(layer, inputs)
-    program = torch_sage.apply_to_exported(program, bench_producer.CONFIG)
+    program = torch_sage.apply_to_exported(program, bench_producer.SAGE["sage"])
     assert [str(node.target) for node in program.graph.nodes].count("torch_sage.sdpa.default") == 1
     fast = program.module()(*inputs)
     assert F.cosine_similarity(fast.float(), exact.float(), dim=-1).min() > 0.999

@@ -14,12 +14,14 @@ from torch import Tensor
 import torch_sage
 from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
 from tests.numerics import assert_within_budget, relative_l1, same_bits
-from tests.triton.oracle import ALL_CASES, GRANULARITIES, expected, recipe
+from tests.triton.oracle import ALL_CASES, GRANULARITIES, arguments, expected
 from torch_sage import SageConfig, reference
+from torch_sage.ops import triton_ops
 from torch_sage.recipes import SUPPORT
 
 OPS = torch.ops.torch_sage
-ALWAYS = SageConfig(dispatch="always", on_unsupported="error")
+MEASURED = SageConfig(granularity="token_block")  # Triton's alone, with a library or without
+ALWAYS = MEASURED.with_options(dispatch="always", on_unsupported="error")
 
 
 def on_gpu(inputs: Inputs) -> Inputs:
@@ -27,10 +29,12 @@ def on_gpu(inputs: Inputs) -> Inputs:
 
 
 def assert_right(case: AttentionCase, pv: str) -> None:
+    """Call what the ops call where the library has no kernel for the recipe."""
     inputs = make_inputs(case)
-    output, lse = OPS.sdpa_with_lse(*on_gpu(inputs), **recipe(case, pv))
+    given = arguments(case, on_gpu(inputs), pv)
+    output, lse = triton_ops.sdpa_with_lse(**given)
     assert_within_budget(output.cpu(), expected(case, inputs, pv, "cuda"), lse=lse.cpu())
-    assert same_bits(OPS.sdpa(*on_gpu(inputs), **recipe(case, pv)), output)
+    assert same_bits(triton_ops.sdpa(**given), output)
 
 
 @pytest.mark.parametrize("pv", ["bf16", "fp16"])
@@ -91,6 +95,12 @@ def test_quantizers_are_bit_exact(granularity: str, dtype: str) -> None:
                 assert same_bits(a.cpu(), b)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    """Call the op with the default recipe of the Triton kernels."""
+    output: Tensor = OPS.sdpa(q, k, v, *options, **SUPPORT["cuda"].default.op_kwargs())
+    return output
+
+
 def qkv(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, dtype=dtype, device="cuda") for _ in range(3))  # type: ignore[return-value]
 
@@ -106,24 +116,24 @@ def test_opcheck() -> None:
 
 def test_two_runs_are_the_same_bits_on_any_stream() -> None:
     q, k, v = qkv(2, 8, 1000, 128)
-    first = OPS.sdpa(q, k, v)
-    assert same_bits(OPS.sdpa(q, k, v), first)
+    first = sdpa(q, k, v)
+    assert same_bits(sdpa(q, k, v), first)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)  # whatever ran on another stream would finish too early
         late_q = q.clone()
-        second = OPS.sdpa(late_q, k, v)
+        second = sdpa(late_q, k, v)
     stream.synchronize()
     assert same_bits(second, first)
 
 
 def test_cuda_graph_replays_new_inputs() -> None:
     q, k, v = qkv(1, 4, 500, 64)
-    OPS.sdpa(q, k, v, None, "top_left")
+    sdpa(q, k, v, None, "top_left")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = OPS.sdpa(q, k, v, None, "top_left")
+        captured = sdpa(q, k, v, None, "top_left")
     before = torch.cuda.memory_allocated()
     for _ in range(1000):
         graph.replay()
@@ -131,7 +141,7 @@ def test_cuda_graph_replays_new_inputs() -> None:
     for x in (q, k, v):
         x.copy_(torch.randn_like(x))
     graph.replay()
-    assert same_bits(captured, OPS.sdpa(q, k, v, None, "top_left"))
+    assert same_bits(captured, sdpa(q, k, v, None, "top_left"))
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
@@ -154,7 +164,9 @@ def test_compiled_models_use_the_op(mode: str | None, dynamic: bool) -> None:
 
 def test_eager_api_runs_what_was_measured_to_be_faster() -> None:
     q, k, v = qkv(1, 8, 4096, 128)
-    assert [r.code.value for r in torch_sage.why_not(q, k, v)] == ["below_crossover"]
+    assert [r.code.value for r in torch_sage.why_not(q, k, v, config=MEASURED)] == [
+        "below_crossover"
+    ]
     assert torch_sage.why_not(q, k, v, config=ALWAYS) == ()
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     actual = torch_sage.scaled_dot_product_attention(q, k, v, config=ALWAYS)
@@ -171,7 +183,7 @@ def test_offsets_beyond_32_bits() -> None:
         view = storage.as_strided(x.shape, (0, 0, stride, 1), 64 * place)
         view.copy_(x)
         strided.append(view)
-    assert same_bits(OPS.sdpa(*strided), OPS.sdpa(q, k, v))
+    assert same_bits(sdpa(*strided), sdpa(q, k, v))
 
 
 def test_autocast_and_default_half() -> None:

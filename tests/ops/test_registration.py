@@ -39,20 +39,12 @@ def quantized(granularity: str = "token", **shape: int) -> tuple[Tensor, ...]:
 
 
 def rotary(
-    norm: str = "",
-    full: bool = False,
-    n: int = 9,
-    d: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
+    norm: str = "", n: int = 9, d: int = 64, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Any, ...]:
     """Return the arguments of ``rotary_sdpa`` up to the mask; Q and K have other sizes."""
     q, k, v = (x.to(dtype) for x in qkv(n=n, d=d))
-    tables = [
-        torch.randn(batch, x.shape[2], d if full else d // 2, dtype=kind)
-        for x, batch, kind in ((q, 1, torch.float32), (k, 2, dtype))
-        for _ in "cs"
-    ]
-    weights = (torch.rand(4, d), torch.rand(1, d, dtype=dtype)) if norm else (None, None)
+    tables = [torch.randn(batch, x.shape[2], d) for x, batch in ((q, 1), (k, 2)) for _ in "cs"]
+    weights = [torch.rand(h, d).to(dtype) if norm else None for h in (4, 1)]
     rstd = (torch.rand(2, 1, n), torch.rand(2, 2, 11)) if norm == "rstd" else (None, None)
     eps = (1e-6, 1e-5) if norm == "eps" else (None, None)
     of_query, of_key = zip(rstd, weights, eps, strict=True)
@@ -92,7 +84,7 @@ def samples() -> list[Any]:
         ("varlen_sdpa_with_lse", (*pack([0, 5], [2, 7]), "bottom_right"), {}),
         ("varlen_sdpa_with_lse", pack([], []), {}),
         ("rotary_sdpa", rotary(), {}),
-        ("rotary_sdpa", rotary(norm="eps", full=True), {"pairing": "neighbours", "smooth": "k"}),
+        ("rotary_sdpa", rotary(norm="eps"), {"pairing": "neighbours", "smooth": "k"}),
         ("rotary_sdpa", rotary(norm="rstd", dtype=torch.half), {"output_order": "bshd"}),
         ("rotary_sdpa", (*rotary(n=0), None, "top_left"), {}),
     ]

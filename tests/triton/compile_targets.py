@@ -14,11 +14,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from torch_sage import devices
 from torch_sage.ops import triton_attention, triton_quantize
 
 TARGETS = (80, 89, 90, 100, 120)
@@ -64,8 +67,9 @@ def compile_for(
 
 
 def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, Any]:
-    """Compile the attention of the default recipe."""
-    tile = triton_attention.tile_for(head_dim, head_dim)
+    """Compile the attention of the default recipe, with the bias of a smoothed Q besides."""
+    with patch.object(devices, "generation", lambda index: arch // 10):
+        tile = triton_attention.tile_for(head_dim, head_dim, torch.device("cuda", 0))
     constants = {
         "IS_NEGATIVE": False,
         "CAUSAL": causal,
@@ -81,6 +85,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, An
         "BLOCK_DV": head_dim,
         "EVEN_D": True,
         "EVEN_DV": True,
+        "WIDE": False,
         "QUERY_SPAN": 1,
         "QUERY_LANE_ROWS": 8,
         "KEY_SPAN": 128,

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
+from tests.cases import DTYPES, AttentionCase, make_inputs
 from tests.numerics import assert_within_budget, same_bits
-from tests.triton.oracle import ALL_CASES, GRANULARITIES, expected, recipe
+from tests.triton.oracle import ALL_CASES, GRANULARITIES, arguments, expected
 from torch_sage import recipes, reference
 from torch_sage.ops import triton_ops
 
@@ -31,19 +31,10 @@ def cpu_takes_recipes_of_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
 
 
-def arguments(case: AttentionCase, inputs: Inputs) -> dict[str, Any]:
-    return {
-        **inputs._asdict(),
-        **recipe(case, "fp16"),
-        "exponential": "exact",
-        "output_order": "bhsd",
-    }
-
-
 @pytest.mark.parametrize("case", SOME_CASES, ids=lambda c: c.id)
 def test_attention_is_within_budget(case: AttentionCase) -> None:
     inputs = make_inputs(case)
-    given = arguments(case, inputs)
+    given = arguments(case, inputs, "fp16")
     output, lse = triton_ops.sdpa_with_lse(**given)
     assert_within_budget(output, expected(case, inputs, "fp16", "cpu"), lse=lse)
     assert same_bits(triton_ops.sdpa(**given), output)
@@ -113,7 +104,7 @@ def test_quantized_operands_give_the_whole_ops_bits(granularity: str, smooth: st
     values = triton_ops.quantize_value(
         value=inputs.value, mean=None, smooth="v" in smooth, pv="fp16"
     )
-    given = arguments(case, inputs)
+    given = arguments(case, inputs, "fp16")
     whole = triton_ops.sdpa_with_lse(**given)
     names = ("codes", "scales", "mean")
     whole_only = ("key", "value", "smooth", "exponential")
@@ -132,13 +123,13 @@ def test_poison_stays_in_its_rows() -> None:
     case = AttentionCase(smooth="qk", causal="top_left", seqlen_q=150, seqlen_k=150)
     inputs = make_inputs(case)
     inputs.query[0, 0, 7, 3] = torch.nan
-    poisoned = triton_ops.sdpa(**arguments(case, inputs)).isnan().any(-1)
+    poisoned = triton_ops.sdpa(**arguments(case, inputs, "fp16")).isnan().any(-1)
     assert poisoned.nonzero().tolist() == [[0, 0, 7]]
 
     case = AttentionCase(smooth="", causal="top_left", seqlen_q=150, seqlen_k=150)
     inputs = make_inputs(case)
     inputs.key[0, 1, 100, 3] = torch.inf
-    poisoned = triton_ops.sdpa(**arguments(case, inputs)).isnan().any(-1)
+    poisoned = triton_ops.sdpa(**arguments(case, inputs, "fp16")).isnan().any(-1)
     assert (
         poisoned[0, 1, 100:].all() and not poisoned[0, 1, :100].any() and not poisoned[0, 0].any()
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from tests.cases import CASES, EMPTY_CASES, AttentionCase, Inputs
 from tests.numerics import Expected, expect
-from torch_sage.ops import triton_quantize
+from torch_sage.ops import triton_attention, triton_quantize
+from torch_sage.ops.triton_quantize import padded
 from torch_sage.recipes import SUPPORT
 
 GRANULARITIES = SUPPORT["cuda"].granularity
@@ -17,12 +20,17 @@ ALL_CASES = [
     for i, c in enumerate((*CASES, *EMPTY_CASES))
     if c.granularity in GRANULARITIES
 ]
-KERNEL_TILE = 64  # keys a step of the online softmax, for head dimensions up to 128
 
 
 def recipe(case: AttentionCase, pv: str) -> dict[str, str]:
     """Return the recipe arguments of a case with P and V in ``pv``."""
     return {**case.recipe, "pv": pv}
+
+
+def arguments(case: AttentionCase, inputs: Inputs, pv: str) -> dict[str, Any]:
+    """Return the arguments of the op ``sdpa``, all of them and by name."""
+    recipe_of_op = {**recipe(case, pv), "exponential": "exact", "output_order": "bhsd"}
+    return {**inputs._asdict(), **recipe_of_op}
 
 
 def expected(case: AttentionCase, inputs: Inputs, pv: str, device: str) -> Expected:
@@ -38,4 +46,6 @@ def expected(case: AttentionCase, inputs: Inputs, pv: str, device: str) -> Expec
         means["key_mean"] = triton_quantize.token_mean(inputs.key.to(device)).cpu()
     if "v" in case.smooth:
         means["value_mean"] = triton_quantize.token_mean(inputs.value.to(device)).cpu()
-    return expect(*inputs, **recipe(case, pv), **means, tile=KERNEL_TILE)
+    channels = padded(case.head_dim), padded(case.head_dim_v)
+    tile = triton_attention.tile_for(*channels, torch.device(device, 0))
+    return expect(*inputs, **recipe(case, pv), **means, tile=tile.keys)

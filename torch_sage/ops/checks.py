@@ -249,21 +249,20 @@ def rotation_problems(
     eps: float | None,
 ) -> Iterator[str]:
     """Yield why 4-D ``x`` cannot be normed and rotated (``rotary.rotate``)."""
-    (b, h, n, d), dtypes = x.shape, (torch.float32, x.dtype)
+    b, h, n, d = x.shape
     if x.dtype not in ROTARY_DTYPES:
         yield f"{name} must have dtype {names(ROTARY_DTYPES)}, got {names([x.dtype])}"
     if all(known(d != fits) for fits in ROTARY_HEAD_DIMS):
         yield f"{name} must have a head_dim of {names(ROTARY_HEAD_DIMS)}, got {d}"
-    yield from _table_problems(f"{name}_cos", cos, x, dtypes, ((b, 1), (n,), (d, d // 2)))
-    like_cos = [(size,) for size in cos.shape]
-    yield from _table_problems(f"{name}_sin", sin, x, (cos.dtype,), like_cos)
+    for part, table in (("cos", cos), ("sin", sin)):
+        like = ((b, 1), (n,), (d,))
+        yield from _table_problems(f"{name}_{part}", table, x, torch.float32, like)
     if rstd is not None:
-        like_x = ((b,), (h, 1), (n,))
-        yield from _table_problems(f"{name}_rstd", rstd, x, (torch.float32,), like_x)
+        yield from _table_problems(f"{name}_rstd", rstd, x, torch.float32, ((b,), (h, 1), (n,)))
         if eps is not None:
             yield f"{name}_eps must be None beside {name}_rstd, got {eps}"
     if weight is not None:
-        yield from _table_problems(f"{name}_weight", weight, x, dtypes, ((h, 1), (d,)))
+        yield from _table_problems(f"{name}_weight", weight, x, x.dtype, ((h, 1), (d,)))
     if isinstance(eps, (int, float)) and not 0 <= eps <= FLOAT32_MAX:
         yield f"{name}_eps must be finite in float32 and not negative, got {eps}"
 
@@ -272,12 +271,12 @@ def _table_problems(
     name: str,
     table: Tensor,
     like: Tensor,
-    dtypes: Sequence[torch.dtype],
+    dtype: torch.dtype,
     sizes: Sequence[Sequence[Size]],
 ) -> Iterator[str]:
-    """Yield why ``table`` is not one of ``dtypes`` beside ``like``, each size one of ``sizes``."""
-    if table.dtype not in dtypes:
-        yield f"{name} must have dtype {names(dtypes)}, got {names([table.dtype])}"
+    """Yield why ``table`` is no ``dtype`` beside ``like``, each size one of ``sizes``."""
+    if table.dtype != dtype:
+        yield f"{name} must have dtype {names([dtype])}, got {names([table.dtype])}"
     if table.device != like.device:
         yield f"{name} must be on {like.device}, got {table.device}"
     if table.dim() != len(sizes) or any(
@@ -288,10 +287,13 @@ def _table_problems(
         yield f"{name} must have shape [{expected}], got {list(table.shape)}"
 
 
-def pairing_problems(pairing: str) -> Iterator[str]:
-    """Yield why ``pairing`` names no way to pair channels."""
+def rotary_problems(query: Tensor, value: Tensor, pairing: str) -> Iterator[str]:
+    """Yield what attention that rotates Q and K cannot do besides."""
     if pairing not in PAIRINGS:
         yield f"pairing must be one of {list(PAIRINGS)}, got {pairing!r}"
+    head_dim, of_value = query.shape[-1], value.shape[-1]
+    if known(of_value > head_dim):
+        yield f"value must have a head_dim of at most query's, {head_dim}, got {of_value}"
 
 
 def quantizer_problems(

@@ -25,15 +25,16 @@ def rotate(
 ) -> Tensor:
     """Return x [B, H, N, D], normed and with its pairs of channels rotated.
 
-    In fp32, rounded once: z = x * r * weight; of each pair ``first * cos - second * sin`` and
-    ``second * cos + first * sin``, each channel with its own entry of the tables.
+    Of each pair, with z = x * r * weight, ``first * cos - second * sin`` and ``second * cos + first
+    * sin``, each channel with its own entry of the tables. Every operation rounds to fp32, the
+    result to the dtype of x; kernels sum the squares of x in another order, and do the rest so.
 
     Args:
         x: what was projected.
-        cos: [1 or B, N, D], or [1 or B, N, D / 2] with one angle for both channels of a pair.
+        cos: [1 or B, N, D] fp32.
         sin: likewise.
         rstd: r itself, [B, H or 1, N] fp32.
-        weight: [H or 1, D]; 1 if absent.
+        weight: [H or 1, D] in the dtype of x; 1 if absent.
         eps: r is rsqrt(mean of x^2 over D + eps); without it and ``rstd``, r is 1.
         pairing: "halves" pairs channels (i, i + D / 2), "neighbours" (2i, 2i + 1).
     """
@@ -44,10 +45,8 @@ def rotate(
         z = z * rstd[..., None]
     if weight is not None:
         z = z * weight.float()[:, None]
-    first, second = _pairs(z, pairing)
-    cosines, sines = (
-        _pairs(table, pairing) if table.shape[-1] == x.shape[-1] else (table, table)
-        for table in (cos.float()[:, None], sin.float()[:, None])
+    (first, second), cosines, sines = (
+        _pairs(table, pairing) for table in (z, cos[:, None], sin[:, None])
     )
     turned = first * cosines[0] - second * sines[0], second * cosines[1] + first * sines[1]
     joined = torch.cat(turned, -1) if pairing == "halves" else torch.stack(turned, -1).flatten(-2)
@@ -82,7 +81,7 @@ def _rotary_sdpa(
 ) -> Tensor:
     of_query = (query_cos, query_sin, query_rstd, query_weight, query_eps)
     of_key = (key_cos, key_sin, key_rstd, key_weight, key_eps)
-    require_rotations(query, key, of_query, of_key, pairing)
+    require_rotations(query, key, value, of_query, of_key, pairing)
     q, k = rotate(query, *of_query, pairing), rotate(key, *of_key, pairing)
     output: Tensor = torch.ops.torch_sage.sdpa.default(q, k, value, *semantics, **recipe)
     return output

@@ -315,13 +315,9 @@ def rotary_sdpa(
     output_order: str = "bhsd",
 ) -> Tensor:
     """Shape of what ``sdpa`` returns for the query and key that ``rotary.rotate`` makes."""
-    require_rotations(
-        query,
-        key,
-        (query_cos, query_sin, query_rstd, query_weight, query_eps),
-        (key_cos, key_sin, key_rstd, key_weight, key_eps),
-        pairing,
-    )
+    of_query = (query_cos, query_sin, query_rstd, query_weight, query_eps)
+    of_key = (key_cos, key_sin, key_rstd, key_weight, key_eps)
+    require_rotations(query, key, value, of_query, of_key, pairing)
     _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
     recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
     rows = [row for row in rows_of_type(query.device.type) if row in ROTARY_ROWS]
@@ -333,17 +329,18 @@ def rotary_sdpa(
 def require_rotations(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     of_query: tuple[Any, ...],
     of_key: tuple[Any, ...],
     pairing: str,
 ) -> None:
-    """Refuse what rotates no query or key: tables, rstd, weight and eps of each."""
-    _require(checks.rank_problems(query=query, key=key))
+    """Refuse what does not rotate query and key: for each cos, sin, rstd, weight and eps."""
+    _require(checks.rank_problems(query=query, key=key, value=value))
     _require(
         [
             *checks.rotation_problems("query", query, *of_query),
             *checks.rotation_problems("key", key, *of_key),
-            *checks.pairing_problems(pairing),
+            *checks.rotary_problems(query, value, pairing),
         ]
     )
 

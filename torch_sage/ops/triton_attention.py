@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_sage.ops.triton_quantize import Groups
+from torch_sage import devices
+from torch_sage.ops.triton_quantize import Groups, padded
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 FP32_MAX = torch.finfo(torch.float32).max
+HOPPER = 9  # generation of GPUs, the first number of their compute capability
 
 SUMS = tl.constexpr(8)  # columns of ones behind V, all for the same sum: the least of a product
 
@@ -65,6 +67,19 @@ class Values(NamedTuple):
     """[B, Hkv, Dv] fp32, or None for 0."""
 
 
+# Numbers that change from call to call, and whose being 1 or a multiple of 16 saves nothing.
+UNSPECIALIZED = (
+    "heads",
+    "heads_kv",
+    "seqlen_q",
+    "seqlen_k",
+    "query_groups",
+    "key_groups",
+    "tiles",
+    "offset",
+)
+
+
 @triton.jit
 def _tile_index(row, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr):
     """Return the scale of each row: ``Groups`` as arithmetic."""
@@ -107,6 +122,7 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_DV: tl.constexpr,
+    WIDE: tl.constexpr,
     KEY_SPAN: tl.constexpr,
     KEY_LANE_ROWS: tl.constexpr,
     BASE2: tl.constexpr,
@@ -120,9 +136,9 @@ def _attend(
         start = tl.multiple_of(start, BLOCK_M)
         col = start + tl.arange(0, BLOCK_M)
         is_key = col < seqlen_k
-        wide_col = col.to(tl.int64)
+        place = col.to(tl.int64) if WIDE else col
         # codes: [BLOCK_D, BLOCK_M], the transpose of K
-        pointers = key + wide_col[None, :] * key_stride + channel[:, None] * key_stride_d
+        pointers = key + place[None, :] * key_stride + channel[:, None] * key_stride_d
         if EVEN_D and not HIDES:
             codes = tl.load(pointers)
         elif EVEN_D:
@@ -145,7 +161,7 @@ def _attend(
                 score += tl.load(score_bias + col, mask=is_key, other=0.0)[None, :]
             if MASK != "none":
                 at = mask + row.to(tl.int64)[:, None] * mask_stride_n
-                at += wide_col[None, :] * mask_stride_m
+                at += col.to(tl.int64)[None, :] * mask_stride_m
                 is_score = (row < seqlen_q)[:, None] & is_key[None, :]
                 if MASK == "bool":
                     keep = tl.load(at, mask=is_score, other=0)
@@ -176,7 +192,7 @@ def _attend(
         # for an addition, costs an H100 as much as the exponential.
         total = tl.dot(rounded, ones, total * rescale[:, None])
         accumulated = accumulated * rescale[:, None]
-        pointers = value + wide_col[:, None] * value_stride + channel_v[None, :] * value_stride_d
+        pointers = value + place[:, None] * value_stride + channel_v[None, :] * value_stride_d
         if EVEN_DV and not HIDES:
             values = tl.load(pointers)
         elif EVEN_DV:
@@ -188,7 +204,7 @@ def _attend(
     return accumulated, total, total_exact, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_kernel(
     query,  # [B, Hq, N, D] int8, contiguous
     query_scales,  # [B, Hq, groups] fp32
@@ -242,6 +258,7 @@ def _attention_kernel(
     BLOCK_DV: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_DV: tl.constexpr,
+    WIDE: tl.constexpr,
     QUERY_SPAN: tl.constexpr,
     QUERY_LANE_ROWS: tl.constexpr,
     KEY_SPAN: tl.constexpr,
@@ -329,6 +346,7 @@ def _attention_kernel(
             BLOCK_DV,
             EVEN_D,
             EVEN_DV,
+            WIDE,
             KEY_SPAN,
             KEY_LANE_ROWS,
             BASE2,
@@ -365,12 +383,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(channels: int, channels_v: int) -> Tile:
+def tile_for(channels: int, channels_v: int, device: torch.device) -> Tile:
     """Return the tile for head dimensions padded to powers of two."""
     widest = max(channels, channels_v)
-    if widest <= 128:
-        return Tile(128, 64, 8, 3)
-    return Tile(64, 32, 8, 2)
+    if device.type == "cuda" and devices.generation(device.index) == HOPPER:
+        # One warpgroup a program, two programs on an SM: while one has its products on the tensor
+        # cores, the other one computes exponentials.
+        return Tile(64, 128, 4, 2) if widest <= 128 else Tile(64, 64, 4, 2)
+    return Tile(128, 64, 8, 3) if widest <= 128 else Tile(64, 32, 8, 2)
+
+
+def _reach(x: Tensor, tile: Tile) -> int:
+    """Return a bound of offsets in a head of ``x``, those of a tile's keys beyond its end, too."""
+    return (x.shape[2] + tile.keys) * x.stride(2) + x.shape[3] * x.stride(3)
 
 
 def attention(
@@ -402,10 +427,9 @@ def attention(
     heads_kv, m = keys.codes.shape[1:3]
     dv = values.codes.shape[3]
     # An int8 product needs 32 channels, a 16-bit one 16 columns.
-    block_d = max(32, triton.next_power_of_2(d))
-    block_dv = max(16, triton.next_power_of_2(dv))
-    tile = tile_for(block_d, block_dv)
-    tiles = triton.cdiv(n, tile.rows)
+    block_d, block_dv = max(32, padded(d)), max(16, padded(dv))
+    tile = tile_for(block_d, block_dv, output.device)
+    tiles = -(-n // tile.rows)
     if b * heads * tiles == 0:
         return
     mask_kind, mask = "none", query.codes
@@ -431,6 +455,7 @@ def attention(
         "BLOCK_DV": block_dv,
         "EVEN_D": block_d == d,
         "EVEN_DV": block_dv == dv,
+        "WIDE": max(_reach(x.codes, tile) for x in (keys, values)) >= 2**31,
         "QUERY_SPAN": query.groups.span,
         "QUERY_LANE_ROWS": query.groups.lane_rows,
         "KEY_SPAN": keys.groups.span,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_sage.ops import checks, schemas, triton_attention, triton_quantize
 from torch_sage.ops.triton_attention import LOG2_E, Keys, Query, Values
+from torch_sage.ops.triton_quantize import Groups
 from torch_sage.recipes import Recipe, rows_of_type
 
 # Tiles that the whole op quantizes by, where rows share scales: those of algorithm.md 2.2.
@@ -105,8 +106,8 @@ def _attend_whole(
                 key, key_mean, query_mean, query.shape[1], scale * LOG2_E
             )
         groups = triton_quantize.key_groups(granularity, _BLOCK_K)
-        codes, scales, _ = schemas.quantize_key(key, granularity=granularity, block=_BLOCK_K)
-        triton_quantize.quantize_rows(key, key_mean, groups, codes, scales)
+        count = schemas.key_groups(key.shape[2], granularity, _BLOCK_K)
+        codes, scales = _quantize_rows(key, key_mean, groups, count)
         values = _whole_values(value, pv, "v" in smooth)
         quantized = _quantize_query(query, query_mean, granularity)
         keys = Keys(codes, scales, groups, bias)
@@ -162,11 +163,19 @@ def _round_value(value: Tensor, center: Tensor | None, codes: Tensor, scales: Te
 
 
 def _quantize_query(query: Tensor, mean: Tensor | None, granularity: str) -> Query:
-    tiles: dict[str, Any] = {"granularity": granularity, "block": _BLOCK_Q, "warp": _WARP}
-    codes, scales = schemas.quantize_query(query, **tiles)
-    groups = triton_quantize.query_groups(**tiles)
-    triton_quantize.quantize_rows(query, mean, groups, codes, scales)
-    return Query(codes, scales, groups)
+    groups = triton_quantize.query_groups(granularity, _BLOCK_Q, _WARP)
+    count = schemas.query_groups(query.shape[2], granularity, _BLOCK_Q, _WARP)
+    return Query(*_quantize_rows(query, mean, groups, count), groups)
+
+
+def _quantize_rows(
+    x: Tensor, mean: Tensor | None, groups: Groups, count: checks.Size
+) -> tuple[Tensor, Tensor]:
+    """Return the codes of ``x`` and their ``count`` scales per head; nothing is checked."""
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scales = x.new_empty((*x.shape[:2], count), dtype=torch.float32)
+    triton_quantize.quantize_rows(x, mean, groups, codes, scales)
+    return codes, scales
 
 
 def _attend(

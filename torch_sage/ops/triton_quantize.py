@@ -30,6 +30,11 @@ def launch_options(tile: int, channels: int) -> dict[str, Any]:
     return {"enable_fp_fusion": False, "num_warps": 8 if tile * channels > 8192 else 4}
 
 
+def padded(channels: int) -> int:
+    """Return the least power of two that has room for ``channels``."""
+    return 1 << (channels - 1).bit_length()
+
+
 class Groups(NamedTuple):
     """Which rows share a scale (algorithm.md 2.2), in one closed form.
 
@@ -98,7 +103,7 @@ def finite_token_mean(query: Tensor) -> Tensor:
     return torch.where(mean.isfinite(), mean, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "rows", "tiles", "groups"))
 def _rows_kernel(
     x,  # [B, H, N, D], any strides
     mean,  # [B, H, D] fp32
@@ -184,8 +189,8 @@ def quantize_rows(
     """
     b, h, n, d = x.shape
     tile = _TILE_ROWS if groups.span == 1 else groups.block
-    tiles = triton.cdiv(n, tile)
-    block_d = triton.next_power_of_2(d)
+    tiles = -(-n // tile)
+    block_d = padded(d)
     if b * h * tiles == 0:
         return
     _rows_kernel[(b * h * tiles,)](
@@ -213,7 +218,7 @@ def quantize_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "heads_x", "heads_vector", "rows", "tiles"))
 def _dot_kernel(
     x,  # [B, Hx, N, D], any strides
     mean,  # [B, Hx, D] fp32, subtracted from x
@@ -264,8 +269,8 @@ def dot_rows(x: Tensor, mean: Tensor | None, vector: Tensor, heads: int, factor:
     """
     b, heads_x, n, d = x.shape
     out = x.new_empty((b, heads, n), dtype=torch.float32)
-    tiles = triton.cdiv(n, _TILE_ROWS)
-    block_d = triton.next_power_of_2(d)
+    tiles = -(-n // _TILE_ROWS)
+    block_d = padded(d)
     if b * heads * tiles == 0:
         return out
     _dot_kernel[(b * heads * tiles,)](

@@ -15,7 +15,7 @@ from torch_sage.inductor.patterns.match import Match
 from torch_sage.inductor.producers.index import Opaque
 from torch_sage.inductor.producers.rotation import Rotation, recognized
 from torch_sage.inductor.producers.tables import Tables
-from torch_sage.ops.checks import rotation_problems
+from torch_sage.ops.checks import rotary_problems, rotation_problems
 from torch_sage.recipes import ROTARY, Recipe
 
 
@@ -51,12 +51,15 @@ def fused(
     if not _frees(found, (of_query, of_key)):
         return None
     try:
-        given = [_arguments(rotation, tables, query.dtype) for rotation in (of_query, of_key)]
+        given = [_arguments(rotation, tables) for rotation in (of_query, of_key)]
     except Opaque:
+        return None
+    if any(rotary_problems(query, tensor(found.value), of_query.pairing)):
         return None
     for name, rotation, arguments in zip(("query", "key"), (of_query, of_key), given, strict=True):
         fakes: list[Any] = [tensor(a) if is_tensor(a) else a for a in arguments]
-        if any(rotation_problems(name, tensor(rotation.x), *fakes)):
+        x = tensor(rotation.x)
+        if x.dtype != query.dtype or any(rotation_problems(name, x, *fakes)):
             return None
     op = plan(
         torch.ops.torch_sage.rotary_sdpa.default,
@@ -75,11 +78,9 @@ def fused(
     return Fused(op, _described(of_query, of_key))
 
 
-def _arguments(rotation: Rotation, tables: Tables, dtype: torch.dtype) -> tuple[Any, ...]:
-    cos, sin = tables.pair(rotation.cos, rotation.sin, rotation.pairing, dtype)
-    rstd = None if rotation.rstd is None else tables.rstd(rotation.rstd)
-    weight = None if rotation.weight is None else tables.weight(rotation.weight, dtype)
-    return cos, sin, rstd, weight, rotation.eps
+def _arguments(rotation: Rotation, tables: Tables) -> tuple[Any, ...]:
+    cos, sin = (tables.table(*t, rotation.pairing) for t in (rotation.cos, rotation.sin))
+    return cos, sin, rotation.rstd, rotation.weight, rotation.eps
 
 
 def _described(*rotations: Rotation) -> str:

@@ -21,7 +21,13 @@ from torch_sage.inductor.producers.index import (
     offsets_of,
     same_form,
 )
-from torch_sage.inductor.producers.tables import LANE, Half, laid_out
+from torch_sage.inductor.producers.tables import (
+    LANE,
+    Half,
+    laid_out,
+    laid_out_rstd,
+    laid_out_weight,
+)
 from torch_sage.inductor.producers.terms import Expansion, Read, Term, nodes_of
 from torch_sage.inductor.producers.views import moves, through
 from torch_sage.ops.checks import Size, known
@@ -154,7 +160,7 @@ def _rotation(operand: Value, source: Node) -> Rotation:
         pairing=pairing,
         cos=(_half(own, firsts), _half(own, seconds)),
         sin=(_half(against, firsts), _half(other, seconds)),
-        rstd=laid_out(factor, "bhn") if factor is not None and needs_factor else None,
+        rstd=laid_out_rstd(factor) if factor is not None and needs_factor else None,
         weight=_weight(weights, parts, head_dim),
         eps=eps,
         replaced=tuple(value for value in expansion.through if isinstance(value, Node)),
@@ -280,7 +286,7 @@ def _weight(weights: Mapping[int, _Entry], parts: Sequence[_Parts], head_dim: in
         return None
     if any(part.weight is None for part in parts):
         raise Opaque
-    return laid_out(_half(weights, range(head_dim)).read, ("h", LANE))
+    return laid_out_weight(_half(weights, range(head_dim)).read)
 
 
 def _eps(expansion: Expansion, factor: Read, channels: _Channels, head_dim: int) -> float | None:

@@ -91,46 +91,11 @@ class Tables:
         """Start with none."""
         self._made: dict[tuple[object, ...], Value] = {}
 
-    def pair(
-        self,
-        cos: tuple[Half, Half],
-        sin: tuple[Half, Half],
-        pairing: str,
-        half_dtype: torch.dtype,
-    ) -> tuple[Value, Value]:
-        """Return both tables, [1 or B, N, D / 2] where pairs share their entry, else [..., D]."""
-        is_compact = all(first.key == second.key for first, second in (cos, sin))
-        made = [self._compact(t[0]) if is_compact else self._full(*t, pairing) for t in (cos, sin)]
-        kinds = {tensor(table).dtype for table in made}
-        if len(kinds) > 1 or not kinds <= {torch.float32, half_dtype}:
-            made = [self._in_fp32(table) for table in made]
-        return made[0], made[1]
-
-    def weight(self, weight: Value, half_dtype: torch.dtype) -> Value:
-        """Return ``weight`` as the op takes it."""
-        is_allowed = tensor(weight).dtype in (torch.float32, half_dtype)
-        return _dense(weight if is_allowed else self._in_fp32(weight))
-
-    def rstd(self, rstd: Value) -> Value:
-        """Return ``rstd`` as the op takes it."""
-        return rstd if tensor(rstd).dtype is torch.float32 else self._in_fp32(rstd)
-
-    def _compact(self, half: Half) -> Value:
-        if half.key not in self._made:
-            self._made[half.key] = _dense(_table(half))
-        return self._made[half.key]
-
-    def _full(self, first: Half, second: Half, pairing: str) -> Value:
+    def table(self, first: Half, second: Half, pairing: str) -> Value:
+        """Return the entries of all channels, [1 or B, N, D] in fp32."""
         key = (pairing, first.key, second.key)
         if key not in self._made:
-            self._made[key] = _dense(_joined(first, second, pairing))
-        return self._made[key]
-
-    def _in_fp32(self, table: Value) -> Value:
-        key = (torch.float32, table)
-        if key not in self._made:
-            convert = torch.ops.prims.convert_element_type.default
-            self._made[key] = plan(convert, table, torch.float32)
+            self._made[key] = _dense(_in_fp32(_joined(first, second, pairing)))
         return self._made[key]
 
 
@@ -157,8 +122,24 @@ def _joined(first: Half, second: Half, pairing: str) -> Value:
     return plan(aten.view.default, stacked, [size(stacked, 0), size(stacked, 1), 2 * count])
 
 
+def _in_fp32(value: Value) -> Value:
+    if tensor(value).dtype is torch.float32:
+        return value
+    return plan(torch.ops.prims.convert_element_type.default, value, torch.float32)
+
+
 def _dense(table: Value) -> Value:
     """Return ``table`` with rows without gaps, as the kernels read them."""
     if tensor(table).stride(-1) == 1:
         return table
     return plan(aten.clone.default, table, memory_format=torch.contiguous_format)
+
+
+def laid_out_rstd(read: Read) -> Value:
+    """Return the factor of every row, [B, H or 1, N] in fp32."""
+    return _in_fp32(laid_out(read, "bhn"))
+
+
+def laid_out_weight(read: Read) -> Value:
+    """Return the factor of every channel, [H or 1, D] in the dtype that it has."""
+    return _dense(laid_out(read, ("h", LANE)))
