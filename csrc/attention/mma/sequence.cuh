@@ -30,6 +30,8 @@ struct Sequence {
   }
 };
 
+static_assert(sizeof(Sequence) == kSequenceBytes);
+
 __device__ __forceinline__ Sequence sequence_of_batch(const AttentionParams& p) {
   Sequence s{};
   const int blocks = (p.seqlen_q + kRows - 1) / kRows;
