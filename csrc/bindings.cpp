@@ -10,4 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(torch_sage, CPU, m) {
   m.impl("attention_with_lse", TORCH_BOX(&torch_sage::attention_with_lse));
   m.impl("sdpa", TORCH_BOX(&torch_sage::sdpa));
   m.impl("sdpa_with_lse", TORCH_BOX(&torch_sage::sdpa_with_lse));
+  m.impl("varlen_sdpa", TORCH_BOX(&torch_sage::varlen_sdpa));
+  m.impl("varlen_sdpa_with_lse", TORCH_BOX(&torch_sage::varlen_sdpa_with_lse));
 }

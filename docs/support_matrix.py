@@ -23,6 +23,7 @@ FILES = {
         "tests/ops/test_kernels.py",
         "tests/ops/test_fuzz.py",
         "tests/ops/test_registration.py",
+        "tests/ops/test_varlen.py",
         "tests/test_attention.py",
     ),
     "Triton": ("tests/gpu/test_triton.py", "tests/triton/interpreted.py"),
@@ -37,8 +38,10 @@ FILES = {
         "tests/gpu/test_mma_torch.py",
         "tests/gpu/test_mma_large.py",
         "tests/gpu/test_mma_prepare.py",
+        "tests/gpu/test_varlen.py",
     ),
 }
+PACKED = "packed sequences of different lengths"
 FEATURES = {
     "masks, causal both ways, grouped heads, head_dim 1 to the largest, any lengths, strides, LSE, "
     "scale of any sign, empty sizes, granularities, smoothing": "test_attention_is_within_budget",
@@ -51,6 +54,7 @@ FEATURES = {
     "CUDA graphs": "test_cuda_graph_replays_new_inputs",
     "torch.compile, dynamic shapes": "test_compiled_models_use_the_op|test_fullgraph",
     "autocast": "test_autocast.*",
+    PACKED: "test_every_sequence_has_the_bits_of_a_call_alone",
     "vmap": "test_vmap.*",
     "schemas and fakes": "test_opcheck.*",
 }

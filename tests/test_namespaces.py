@@ -21,6 +21,7 @@ LEVELS: list[list[str]] = [
     ["torch_sage.reference", "torch_sage.ops.reasons"],
     [
         "torch_sage.ops.checks",
+        "torch_sage.ops.packed",
         "torch_sage.ops.schemas",
         "torch_sage.ops.after_import",
         "torch_sage.ops.rotary",
@@ -36,6 +37,7 @@ LEVELS: list[list[str]] = [
     ["torch_sage.fusion"],
     [
         "torch_sage.attention",
+        "torch_sage.varlen",
         "torch_sage.prepared",
         "torch_sage.scope",
         "torch_sage.module",

@@ -21,6 +21,7 @@ from torch_sage.module import apply_, exclude, reset_, sage
 from torch_sage.ops.dispatch import Reason, ReasonCode, why_not
 from torch_sage.prepared import PreparedKV, attention_prepared, prepare_kv
 from torch_sage.reference.attention import AttentionOutput
+from torch_sage.varlen import varlen_attention
 
 if TYPE_CHECKING:
     from torch_sage import distributed as distributed
@@ -66,6 +67,7 @@ __all__ = [
     "reset_",
     "sage",
     "scaled_dot_product_attention",
+    "varlen_attention",
     "why_not",
 ]
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "attention/cpu/launch.h"
+#include "attention/packed_request.h"
 #include "attention/request.h"
 #include "common/operand.h"
 #include "common/types.h"
@@ -52,12 +53,42 @@ void copy_padded(const Operand& codes, int64_t bytes, int8_t* out) {
   }
 }
 
+// Rows of an operand.
+struct Span {
+  int64_t first, rows;
+};
+FloatOperand rows_of(const FloatOperand& x, const Span& span) {
+  FloatOperand part = x;
+  part.data = x.row(0, 0, span.first);
+  part.rows = span.rows;
+  return part;
+}
+
 Groups query_groups(const FloatOperand& q, Granularity granularity) {
   return query_groups(granularity, q.rows, kQueryBlock, kQueryWarp);
 }
 
-Result attend(const FloatOperand& q, const Query& query, const Keys& keys, const Values& values,
-              const Request& request) {
+// Where the results of one call, or of one of its sequences, go.
+struct Destination {
+  void* output;  // [b, h, n, d_v]
+  Rows rows;
+  float* lse;  // [b, h, n]; null: not wanted
+
+  explicit Destination(const Result& result)
+      : output(result.output.mutable_data_ptr()),
+        rows{result.output.stride(0), result.output.stride(1), result.output.stride(2)},
+        lse(result.lse ? static_cast<float*>(result.lse->mutable_data_ptr()) : nullptr) {}
+  Destination(void* output, const Rows& rows, float* lse) : output(output), rows(rows), lse(lse) {}
+};
+
+Result new_result(const FloatOperand& q, int64_t head_dim_v, const Request& request) {
+  Result result{new_output(q, head_dim_v, request.output_order), std::nullopt};
+  if (request.wants_lse) result.lse = new_tensor({q.batch, q.heads, q.rows}, ScalarType::Float);
+  return result;
+}
+
+void attend(const FloatOperand& q, const Query& query, const Keys& keys, const Values& values,
+            const Request& request, const Destination& to) {
   CpuAttentionParams params{};
   params.batch = q.batch;
   params.heads_q = q.heads;
@@ -84,33 +115,27 @@ Result attend(const FloatOperand& q, const Query& query, const Keys& keys, const
     set_mask(params, *mask);
   }
 
-  const Tensor output = new_output(q, values.columns, request.output_order);
   params.output_dtype = q.dtype;
-  params.output = output.mutable_data_ptr();
-  params.output_stride_b = output.stride(0);
-  params.output_stride_h = output.stride(1);
-  params.output_stride_n = output.stride(2);
+  params.output = to.output;
+  params.output_stride_b = to.rows.stride_b;
+  params.output_stride_h = to.rows.stride_h;
+  params.output_stride_n = to.rows.stride_n;
+  params.lse = to.lse;
 
-  Result result{output, std::nullopt};
   std::optional<Scratch<float>> lse_shift;
-  if (request.wants_lse) {
-    result.lse = new_tensor({q.batch, q.heads, q.rows}, ScalarType::Float);
-    params.lse = static_cast<float*>(result.lse->mutable_data_ptr());
-    if (keys.mean != nullptr) {
-      lse_shift.emplace(std::initializer_list<int64_t>{q.batch, q.heads, q.rows});
-      Tasks tasks;
-      dot_key_mean(tasks, q, keys.mean, keys.heads, scale, lse_shift->get());
-      tasks.run();
-      params.lse_shift = lse_shift->get();
-    }
+  if (to.lse != nullptr && keys.mean != nullptr) {
+    lse_shift.emplace(std::initializer_list<int64_t>{q.batch, q.heads, q.rows});
+    Tasks tasks;
+    dot_key_mean(tasks, q, keys.mean, keys.heads, scale, lse_shift->get());
+    tasks.run();
+    params.lse_shift = lse_shift->get();
   }
   run_cpu_attention(params);
-  return result;
 }
 
-Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
-                    const Request& request, Granularity granularity, Smooth smooth) {
-  const auto [q, k, v] = read_operands(query, key, value, kCpu);
+void attend_whole(const Operands& operands, const Request& request, Granularity granularity,
+                  Smooth smooth, const Destination& to) {
+  const auto& [q, k, v] = operands;
 
   // Three parallel regions in all, as each costs most on a busy machine: means, codes, attention.
   const Scratch<float> query_mean({q.batch, q.heads, q.columns});
@@ -164,7 +189,52 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   quantize.run();
   rounded.finish(value_scales.get());
   const Values values{value_codes.get(), value_scales.get(), value_mean.get(), v.columns};
-  return attend(q, query_operand, keys, values, request);
+  attend(q, query_operand, keys, values, request, to);
+}
+
+Result attend_batch(const Tensor& query, const Tensor& key, const Tensor& value,
+                    const Request& request, Granularity granularity, Smooth smooth) {
+  const Operands operands = read_operands(query, key, value, kCpu);
+  const Result result = new_result(operands.query, operands.value.columns, request);
+  attend_whole(operands, request, granularity, smooth, Destination(result));
+  return result;
+}
+
+// Sequence `index`, of which the arguments of the same call say how long it may be.
+Span sequence(const char* side, const Packed& packed, int index) {
+  const int64_t first = packed.starts[index], end = packed.starts[index + 1];
+  check(first >= 0 && first <= end && end <= packed.rows, "cu_seqlens_", side,
+        " must not decrease, and be between 0 and the number of tokens, ", packed.rows, ", got ",
+        first, " and then ", end);
+  check(end - first <= packed.longest, "max_seqlen_", side, " must be at least ", end - first,
+        ", the length of a sequence, got ", packed.longest);
+  return {first, end - first};
+}
+
+// The sequences one by one: each may be of another length, and has means and scales of its own.
+Result attend_packed(const PackedOperands& operands, const Request& request,
+                     Granularity granularity, Smooth smooth) {
+  const FloatOperand& q = operands.query;
+  const Result result = new_packed_result(operands, request.wants_lse);
+  const int64_t columns = operands.value.columns, row_bytes = q.heads * columns * q.element_bytes;
+  auto* output = static_cast<std::byte*>(result.output.mutable_data_ptr());
+  for (int i = 0; i < operands.queries.count; ++i) {
+    const Span queries = sequence("q", operands.queries, i), keys = sequence("k", operands.keys, i);
+    if (operands.is_empty() || queries.rows == 0) continue;
+    const Operands own{rows_of(q, queries), rows_of(operands.key, keys),
+                       rows_of(operands.value, keys)};
+    std::optional<Scratch<float>> lse;
+    if (request.wants_lse) lse.emplace(std::initializer_list<int64_t>{q.heads, queries.rows});
+    attend_whole(own, request, granularity, smooth,
+                 {output + queries.first * row_bytes,
+                  {0, columns, q.heads * columns},
+                  lse ? lse->get() : nullptr});
+    if (!lse) continue;
+    auto* to = static_cast<float*>(result.lse->mutable_data_ptr()) + queries.first;
+    for (int64_t h = 0; h < q.heads; ++h)
+      std::copy_n(lse->get() + h * queries.rows, queries.rows, to + h * q.rows);
+  }
+  return result;
 }
 
 Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
@@ -210,7 +280,10 @@ Result attend_quantized(const Tensor& query, const Tensor& key_codes, const Tens
   quantize_rows(tasks, q, nullptr, query_groups(q, granularity),
                 {query_codes.get(), bytes, nullptr, query_scales.get()});
   tasks.run();
-  return attend(q, {query_codes.get(), query_scales.get(), nullptr}, keys, values, request);
+  const Result result = new_result(q, v.columns, request);
+  attend(q, {query_codes.get(), query_scales.get(), nullptr}, keys, values, request,
+         Destination(result));
+  return result;
 }
 
 }  // namespace
@@ -250,7 +323,7 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   parse("qk", qk, kQkFormats);
   parse("pv", pv, kPvFormats);
   parse("exponential", exponential, kExponentials);
-  return attend_whole(
+  return attend_batch(
              query, key, value, read_request(attn_mask, causal, scale, output_order, false),
              parse("granularity", granularity, kGranularities), parse("smooth", smooth, kSmoothing))
       .output;
@@ -266,9 +339,41 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
   parse("qk", qk, kQkFormats);
   parse("pv", pv, kPvFormats);
   parse("exponential", exponential, kExponentials);
-  const Result result = attend_whole(
+  const Result result = attend_batch(
       query, key, value, read_request(attn_mask, causal, scale, output_order, true),
       parse("granularity", granularity, kGranularities), parse("smooth", smooth, kSmoothing));
+  return {result.output, *result.lse};
+}
+
+Tensor varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,
+                   const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+                   const Text& exponential) {
+  parse("qk", qk, kQkFormats);
+  parse("pv", pv, kPvFormats);
+  parse("exponential", exponential, kExponentials);
+  return attend_packed(
+             read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+             read_request(causal, scale, false), parse("granularity", granularity, kGranularities),
+             parse("smooth", smooth, kSmoothing))
+      .output;
+}
+
+std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                                const Tensor& value, const Tensor& cu_seqlens_q,
+                                                const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                int64_t max_seqlen_k, const Text& causal,
+                                                std::optional<double> scale, const Text& qk,
+                                                const Text& granularity, const Text& pv,
+                                                const Text& smooth, const Text& exponential) {
+  parse("qk", qk, kQkFormats);
+  parse("pv", pv, kPvFormats);
+  parse("exponential", exponential, kExponentials);
+  const Result result = attend_packed(
+      read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+      read_request(causal, scale, true), parse("granularity", granularity, kGranularities),
+      parse("smooth", smooth, kSmoothing));
   return {result.output, *result.lse};
 }
 

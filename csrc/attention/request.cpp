@@ -7,7 +7,6 @@
 #include "common/check.h"
 
 namespace torch_sage {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -23,8 +22,6 @@ ScalarType scalar_type(Dtype dtype) {
   }
   __builtin_unreachable();
 }
-
-}  // namespace
 
 void check_heads(int64_t heads_q, int64_t heads_kv, const char* key) {
   if (heads_q == 0) return;
@@ -48,6 +45,11 @@ Request read_request(const std::optional<Tensor>& attn_mask, const Text& causal,
   check(!scale.has_value() || std::isfinite(static_cast<float>(*scale)),
         "scale must be finite in float32, got ", scale.value_or(0.0));
   return request;
+}
+
+Request read_request(const Text& causal, std::optional<double> scale, bool wants_lse) {
+  static const std::optional<Tensor> kNoMask;
+  return read_request(kNoMask, causal, scale, Text("bhsd"), wants_lse);
 }
 
 double softmax_scale(const FloatOperand& q, const Request& request) {

@@ -30,6 +30,8 @@ struct Operands {
 Request read_request(const std::optional<torch::stable::Tensor>& attn_mask, const Text& causal,
                      std::optional<double> scale, const Text& output_order, bool wants_lse);
 
+Request read_request(const Text& causal, std::optional<double> scale, bool wants_lse);  // no mask
+
 Operands read_operands(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
                        const torch::stable::Tensor& value, const Device& device);
 
@@ -47,6 +49,8 @@ void set_mask(Params& params, const Mask& mask) {
   params.mask_stride_n = mask.strides[2];
   params.mask_stride_m = mask.strides[3];
 }
+
+torch::headeronly::ScalarType scalar_type(Dtype dtype);
 
 double softmax_scale(const FloatOperand& query, const Request& request);
 

@@ -13,6 +13,8 @@ struct Place {
   char* output;
   int rows;  // from `row` to the end
 
+  __device__ __forceinline__ Place(int64_t row_of_lse, char* output, int rows)
+      : row_of_lse(row_of_lse), output(output), rows(rows) {}
   template <typename Params>
   __device__ __forceinline__ Place(const Params& p, int batch, int head, int row)
       : row_of_lse((static_cast<int64_t>(batch) * p.heads_q + head) * p.seqlen_q + row),

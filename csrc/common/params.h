@@ -15,6 +15,13 @@ struct Rows {
 // Key m is visible to query n iff: always | m <= n | m <= n + seqlen_k - seqlen_q.
 enum class Causal { kNone, kTopLeft, kBottomRight };
 
+// The last key that query 0 sees of those that exist; query n sees n more.
+constexpr int last_key_offset(Causal causal, int64_t seqlen_q, int64_t seqlen_k) {
+  return static_cast<int>(causal == Causal::kNone      ? seqlen_k
+                          : causal == Causal::kTopLeft ? 0
+                                                       : seqlen_k - seqlen_q);
+}
+
 enum class MaskKind { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 
 // Attention on quantized operands; query_scale * key_scale * code dot product is the raw score.

@@ -77,6 +77,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {
   m.impl("sdpa_with_lse", &route_sdpa_with_lse);
   m.impl("rotary_sdpa", TORCH_BOX(&rotary_sdpa));
   m.impl("mma_prepare_kv", TORCH_BOX(&mma_prepare_kv));
+  m.impl("varlen_sdpa", TORCH_BOX(&mma_varlen_sdpa));
+  m.impl("varlen_sdpa_with_lse", TORCH_BOX(&mma_varlen_sdpa_with_lse));
   m.impl("prepare_kv", TORCH_BOX(&prepare_kv));
   m.impl("attention_prepared", TORCH_BOX(&attention_prepared));
   m.impl("attention_prepared_with_lse", TORCH_BOX(&attention_prepared_with_lse));

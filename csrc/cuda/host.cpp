@@ -54,10 +54,4 @@ NewResult new_result(const FloatOperand& query, int64_t seqlen_k, int64_t head_d
   return {result, true};
 }
 
-int last_key_offset(Causal causal, int64_t seqlen_q, int64_t seqlen_k) {
-  return static_cast<int>(causal == Causal::kNone      ? seqlen_k
-                          : causal == Causal::kTopLeft ? 0
-                                                       : seqlen_k - seqlen_q);
-}
-
 }  // namespace torch_sage::cuda

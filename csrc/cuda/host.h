@@ -22,7 +22,4 @@ struct NewResult {
 NewResult new_result(const FloatOperand& query, int64_t seqlen_k, int64_t head_dim_v,
                      const Request& request);
 
-// Last key that row 0 sees, as the kernels' parameter.
-int last_key_offset(Causal causal, int64_t seqlen_q, int64_t seqlen_k);
-
 }  // namespace torch_sage::cuda

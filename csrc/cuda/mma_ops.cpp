@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "attention/mma/params.h"
+#include "attention/packed_request.h"
 #include "attention/request.h"
 #include "common/check.h"
 #include "cuda/device.h"
@@ -53,7 +54,10 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
   return larger <= 64 ? 64 : larger <= 128 ? 128 : 256;
 }
 
-Rows rows_of(const FloatOperand& x) { return {x.stride_b, x.stride_h, x.stride_n}; }
+// Of one batch entry, which may be packed sequences, the stride is 0: their number is no batch's.
+Rows rows_of(const FloatOperand& x) {
+  return {x.batch > 1 ? x.stride_b : 0, x.stride_h, x.stride_n};
+}
 
 // K and V, what the pre-pass is asked to make of them, and the memory that it needs.
 struct KeysAndValues {
@@ -62,7 +66,8 @@ struct KeysAndValues {
   FloatOperand key, value;  // as vector loads read them
   mma::PrepareParams params{};
 
-  KeysAndValues(const MmaRecipe& recipe, const FloatOperand& k, const FloatOperand& v)
+  KeysAndValues(const MmaRecipe& recipe, const FloatOperand& k, const FloatOperand& v,
+                const Packed& packed = {})
       : recipe(recipe),
         seqlen(k.rows),
         head_dim(k.columns),
@@ -83,17 +88,22 @@ struct KeysAndValues {
     params.granularity = recipe.granularity;
     params.pv = recipe.pv;
     params.kv.seqlen = static_cast<int>(seqlen);
+    params.kv.packed = packed;
     params.kv.width = static_cast<int>(width_of(head_dim, head_dim_v));
     params.kv.is_int4 = recipe.is_int4;
   }
 
   int64_t heads() const { return key.batch * key.heads; }
+  // Of packed sequences each has statistics of its own.
+  int64_t sequences() const {
+    return params.kv.packed.starts != nullptr ? params.kv.packed.count : key.batch;
+  }
   int64_t padded() const { return params.kv.tiles() * mma::kKeys; }
   int64_t key_bytes() const { return heads() * padded() * params.kv.row_bytes(); }
   int64_t value_bytes() const {
     return heads() * params.kv.width * (is_e4m3(recipe.pv) ? padded() : 2 * seqlen);
   }
-  int64_t channels() const { return heads() * params.kv.width; }
+  int64_t channels() const { return sequences() * key.heads * params.kv.width; }
 
   // Whether attention reads V where it lies.
   bool takes_value_as_it_is() const {
@@ -118,17 +128,19 @@ class Arena {
 };
 
 // All that only the kernels of one call share; returns the address of the query's amax.
-uint32_t* place(KeysAndValues& kv, int64_t query_heads, Arena& arena) {
+uint32_t* place(KeysAndValues& kv, int64_t heads_q, Arena& arena) {
   auto& view = kv.params.kv;
   const bool has_value = !kv.takes_value_as_it_is();
   view.key_codes = arena.take<uint8_t>(true, kv.key_bytes());
   view.key_scales = arena.take<float>(true, kv.heads() * view.tiles() * 4 * 4);
-  view.key_mean = arena.take<float>(kv.recipe.smooth.key, kv.heads() * kv.head_dim * 4);
+  view.key_mean =
+      arena.take<float>(kv.recipe.smooth.key, kv.sequences() * kv.key.heads * kv.head_dim * 4);
   view.value_codes = arena.take<uint8_t>(has_value, kv.value_bytes());
   view.value_scales = arena.take<float>(has_value, kv.channels() * 4);
   view.value_mean = arena.take<float>(kv.recipe.smooth.value, kv.channels() * 4);
   kv.params.partials = arena.take<float>(true, mma::partial_floats(kv.params) * 4);
-  return arena.take<uint32_t>(kv.recipe.granularity == Granularity::kTensor, query_heads * 4);
+  return arena.take<uint32_t>(kv.recipe.granularity == Granularity::kTensor,
+                              kv.sequences() * heads_q * 4);
 }
 
 void set_value(mma::AttentionParams& params, const KeysAndValues& kv) {
@@ -140,30 +152,31 @@ void set_value(mma::AttentionParams& params, const KeysAndValues& kv) {
   } else {
     const int64_t width = params.kv.width, per_head = kv.seqlen * width;
     params.value = static_cast<const uint16_t*>(params.kv.value_codes);
-    params.value_rows = {kv.key.heads * per_head, per_head, width};
+    params.value_rows = {kv.key.batch > 1 ? kv.key.heads * per_head : 0, per_head, width};
     params.value_columns = params.kv.width;
   }
 }
 
-Result attend(const FloatOperand& query, KeysAndValues& kv, const Request& request,
-              cudaStream_t stream) {
-  auto [result, is_done] = new_result(query, kv.seqlen, kv.head_dim_v, request);
-  if (is_done) return result;
+// Fills `result`, whose output has its rows at `output_rows`.
+void attend(const FloatOperand& query, KeysAndValues& kv, const Request& request,
+            const Packed& queries, const Result& result, const Rows& output_rows,
+            cudaStream_t stream) {
   const FloatOperand q = vectorized(query);
   // Sizes depend on what is there, so the first time at addresses that nobody reads.
   constexpr uintptr_t kNowhere = 256;
   Arena sizes(kNowhere);
-  place(kv, q.batch * q.heads, sizes);
+  place(kv, q.heads, sizes);
   const auto bytes = static_cast<int64_t>(sizes.at() - kNowhere);
   const Tensor workspace = new_tensor({bytes}, ScalarType::Byte, query.tensor.device());
   Arena arena(reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()));
-  uint32_t* query_amax = place(kv, q.batch * q.heads, arena);
+  uint32_t* query_amax = place(kv, q.heads, arena);
   mma::launch_prepare_kv(kv.params, stream);
   if (query_amax != nullptr) {
     const mma::QueryAmaxParams amax{static_cast<int>(q.batch),
                                     static_cast<int>(q.heads),
                                     static_cast<int>(q.rows),
                                     static_cast<int>(q.columns),
+                                    queries,
                                     q.data,
                                     q.dtype,
                                     rows_of(q),
@@ -178,6 +191,7 @@ Result attend(const FloatOperand& query, KeysAndValues& kv, const Request& reque
   params.seqlen_q = static_cast<int>(q.rows);
   params.head_dim = static_cast<int>(q.columns);
   params.head_dim_v = static_cast<int>(kv.head_dim_v);
+  params.queries = queries;
   params.query = q.data;
   params.dtype = q.dtype;
   params.query_rows = rows_of(q);
@@ -193,6 +207,7 @@ Result attend(const FloatOperand& query, KeysAndValues& kv, const Request& reque
     params.key_columns = static_cast<int>(kv.key.columns);
   }
   params.last_key_offset = last_key_offset(request.causal, q.rows, kv.seqlen);
+  params.causal = request.causal;
   params.scale = static_cast<float>(softmax_scale(query, request));
   std::optional<Mask> mask;
   if (request.attn_mask.has_value()) {
@@ -201,10 +216,9 @@ Result attend(const FloatOperand& query, KeysAndValues& kv, const Request& reque
     set_mask(params, *mask);
   }
   params.output = result.output.mutable_data_ptr();
-  params.output_rows = {result.output.stride(0), result.output.stride(1), result.output.stride(2)};
+  params.output_rows = output_rows;
   params.lse = result.lse ? static_cast<float*>(result.lse->mutable_data_ptr()) : nullptr;
   mma::launch_attention(params, stream);
-  return result;
 }
 
 void check_has_code(const char* name, Pv pv, int device) {
@@ -221,7 +235,31 @@ Result attend_whole(const Tensor& query, const Tensor& key, const Tensor& value,
   const DeviceGuard guard(device);
   const auto [q, k, v] = read_operands(query, key, value, query.device());
   KeysAndValues kv(recipe, k, v);
-  return attend(q, kv, request, current_stream(device));
+  const auto [result, is_done] = new_result(q, kv.seqlen, kv.head_dim_v, request);
+  const Tensor& output = result.output;
+  if (!is_done)
+    attend(q, kv, request, {}, result, {output.stride(0), output.stride(1), output.stride(2)},
+           current_stream(device));
+  return result;
+}
+
+Result attend_packed(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const Request& request, const MmaRecipe& recipe,
+                     const Text& exponential) {
+  parse("exponential", exponential, kExact, "cuda");
+  const int device = device_index("query", query);
+  check_has_code("query", recipe.pv, device);
+  const DeviceGuard guard(device);
+  const PackedOperands operands =
+      read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  KeysAndValues kv(recipe, operands.key, operands.value, operands.keys);
+  const Result result = new_packed_result(operands, request.wants_lse);
+  // What is new has the result of rows that see no key.
+  if (!operands.is_empty() && kv.seqlen > 0)
+    attend(operands.query, kv, request, operands.queries, result,
+           {0, result.output.stride(1), result.output.stride(0)}, current_stream(device));
+  return result;
 }
 
 }  // namespace
@@ -247,6 +285,28 @@ std::tuple<Tensor, Tensor> mma_sdpa_with_lse(const Tensor& query, const Tensor& 
   const Result result =
       attend_whole(query, key, value, read_request(attn_mask, causal, scale, output_order, true),
                    read_recipe(qk, granularity, pv, smooth), exponential);
+  return {result.output, *result.lse};
+}
+
+Tensor mma_varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                       int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,
+                       const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+                       const Text& exponential) {
+  return attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                       read_request(causal, scale, false), read_recipe(qk, granularity, pv, smooth),
+                       exponential)
+      .output;
+}
+
+std::tuple<Tensor, Tensor> mma_varlen_sdpa_with_lse(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Text& causal,
+    std::optional<double> scale, const Text& qk, const Text& granularity, const Text& pv,
+    const Text& smooth, const Text& exponential) {
+  const Result result = attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, read_request(causal, scale, true),
+                                      read_recipe(qk, granularity, pv, smooth), exponential);
   return {result.output, *result.lse};
 }
 

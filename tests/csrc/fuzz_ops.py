@@ -15,11 +15,11 @@ import torch
 
 import torch_sage  # noqa: F401  (defines the ops and loads the library)
 from torch_sage import _extension
-from torch_sage.ops.schemas import DEFINITIONS, PREPARED
+from torch_sage.ops.schemas import DEFINITIONS, PREPARED, ROTARY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WRONG_DTYPES = (torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8)
-NAMES = [name for name in DEFINITIONS if name not in PREPARED]  # those with CPU kernels
+NAMES = [name for name in DEFINITIONS if name not in (*PREPARED, ROTARY)]  # with CPU kernels
 GRANULARITIES = ("token", "thread", "warp", "block", "tensor")
 TEXTS = {
     "causal": ("none", "top_left", "bottom_right"),
@@ -92,6 +92,8 @@ class Fuzzer:
         if name == "quantize_value":
             smooth = self.random.random() < 0.5
             return {"value": self.tensor(value, dtype), "smooth": smooth}, value
+        if name.startswith("varlen"):
+            return self.valid_packed(s, dtype, granularity)
         arguments = {"query": self.tensor(query, dtype)}
         if name.startswith("sdpa"):
             arguments |= {"key": self.tensor(key, dtype), "value": self.tensor(value, dtype)}
@@ -111,6 +113,20 @@ class Fuzzer:
         else:
             arguments["causal"] = self.random.choice(TEXTS["causal"])
         return arguments, out
+
+    def valid_packed(self, s, dtype, granularity):
+        """The same for sequences that are packed, each of which gets some of the tokens."""
+        count, pick = self.random.choice([0, 1, 2, 5]), self.random.choice
+        arguments = {"granularity": granularity, "smooth": pick(TEXTS["smooth"])}
+        arguments |= {"causal": pick(TEXTS["causal"]), "scale": pick([None, 0.0, -0.3])}
+        shapes = {"query": ("n", "hq", "d"), "key": ("m", "hk", "d"), "value": ("m", "hk", "dv")}
+        for argument, names in shapes.items():
+            arguments[argument] = self.tensor(tuple(s[name] for name in names), dtype)
+        for side, tokens in (("q", s["n"]), ("k", s["m"])):
+            edges = sorted(self.random.randint(0, tokens) for _ in range(count + 1))
+            arguments[f"cu_seqlens_{side}"] = torch.tensor(edges, dtype=torch.int32)
+            arguments[f"max_seqlen_{side}"] = tokens
+        return arguments, (s["n"], s["hq"], s["dv"])
 
     def mask(self, s):
         shape = [s["b"], s["hq"], s["n"], s["m"]]
@@ -154,6 +170,8 @@ class Fuzzer:
             return x.to("meta")
         if way == "values" and x.dtype.is_floating_point:
             return torch.full_like(x, pick([float("nan"), float("inf"), -1.0, 0.0, 6e4]))
+        if way == "values" and x.dtype == torch.int32:
+            return torch.randint(-(2**31), 2**31, x.shape, dtype=torch.int64).to(torch.int32)
         if way == "huge" and x.dim() == 4:
             # torch itself refuses a product of sizes beyond 2**63.
             rows = min(2**52, 2**62 // max(1, x.numel() // max(1, x.shape[2])))

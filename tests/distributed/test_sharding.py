@@ -27,6 +27,7 @@ from tests.distributed.sharded import (
     operands,
     run_sharded,
 )
+from tests.varlen import pack
 from torch_sage import _extension, ops
 from torch_sage.recipes import SUPPORT
 
@@ -73,6 +74,19 @@ def heads(mesh: DeviceMesh) -> dict[tuple[int, int], list[str]]:
         counts: run_sharded(ops.sdpa, mesh, [Shard(1)], *operands(*counts))
         for counts in ((4, 4), (4, 2), (4, 1), (6, 3), (3, 3))
     }
+
+
+def packed_heads(mesh: DeviceMesh) -> list[str]:
+    """Packed sequences, sharded along heads; where the sequences start is the same on all."""
+    whole = pack([9, 70], [30, 41])
+    lies = (Shard(1),) * 3 + (Replicate(),) * 2
+    tensors = [distribute_tensor(x, mesh, [p]) for x, p in zip(whole[:5], lies, strict=True)]
+    found = []
+    results, plain = (ops.varlen_sdpa_with_lse(*x, 70, 41) for x in (tensors, whole[:5]))
+    for result, expected in zip(results, plain, strict=True):
+        same = torch.equal(result.full_tensor(), expected)
+        found.append(str(list(result.placements)) if same else "differs")
+    return found
 
 
 def masks(
@@ -135,6 +149,7 @@ def work(rank: int, size: int, cache: str) -> dict[str, Any]:
             "grid": run_sharded(ops.sdpa, grid, [Shard(0), Shard(1)], q, k, v),
             "heads": heads(mesh),
             "local_map": local_function(mesh),
+            "packed": packed_heads(mesh),
             "masks": masks(ops.sdpa, mesh, MASKS),
             "torch": masks(torch_sdpa, mesh, TORCH_MASKS),
             "torch, sharded mask": torch_sdpa_of_sharded_mask(mesh),
@@ -175,6 +190,11 @@ def test_heads_stay_sharded_where_those_of_keys_divide(found: dict[str, Any]) ->
         (6, 3): [lies(None)],
         (3, 3): [lies(1)],
     }
+
+
+def test_packed_sequences_are_sharded_by_heads(found: dict[str, Any]) -> None:
+    """The LSE [heads, tokens] has no dimension before its heads."""
+    assert found["packed"] == [lies(1), lies(0)]
 
 
 def test_the_public_function_is_quantized_in_local_map(found: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.gpu.mma import MEMBERS
 from tests.gpu.shared import OPS
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
+from tests.varlen import pack
 
 # Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
 # of V and two, and what needs padded copies.
@@ -60,6 +61,20 @@ def call_mma(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) 
                 use(OPS.sdpa(q, k, v, mask, **member.recipe()))
 
 
+def call_packed(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+    """Run packed sequences, some empty, and lengths that make no sense."""
+    n, m, d, dv = shape
+    queries, keys = [n, 0, 1, 64, 65], [m, 3, 0, 63, 129]
+    packed = pack(queries, keys, head_dim=d, head_dim_v=dv, dtype=dtype, device="cuda")
+    wild = torch.tensor([2**31 - 1, -5, 70, 2**30, 10, 1000], dtype=torch.int32, device="cuda")
+    for member in MEMBERS:
+        for granularity, smooth in (("thread", "k"), ("tensor", "qkv")):
+            recipe = member.recipe(granularity, smooth)
+            use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
+            for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
+                OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
+
+
 def use(*results: Tensor) -> None:
     """Read every element, so that initcheck sees those that nobody wrote."""
     for result in results:
@@ -73,6 +88,7 @@ def main() -> None:
         call(shape, dtype, causal)
     for shape, dtype, causal in itertools.product((*SHAPES, WIDE), DTYPES, CAUSAL):
         call_mma(shape, dtype, causal)
+        call_packed(shape, dtype, causal)
     many = torch.randn(2, 80, 130, 64, device="cuda").bfloat16()
     for causal in CAUSAL:
         use(OPS.sdpa(many, many, many, None, causal, **RECIPE, smooth="kv", exponential="mixed"))

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.varlen import pack
 from torch_sage import _extension, ops
 from torch_sage.ops.schemas import DEFINITIONS, PREPARED
 from torch_sage.recipes import SUPPORT
@@ -78,6 +79,10 @@ def samples() -> list[Any]:
         ("sdpa", (q, k[:, :, :0], v[:, :, :0]), {}),
         ("sdpa_with_lse", (q[:, :, :0], k, v), {"output_order": "bshd"}),
         ("sdpa", (q[:0], k[:0], v[:0]), {}),
+        ("varlen_sdpa", pack([9, 4], [11, 0], head_dim=16, head_dim_v=8), {}),
+        ("varlen_sdpa", (*pack([9, 4], [3, 7], layout="htd"), "top_left", 0.3), {"smooth": "k"}),
+        ("varlen_sdpa_with_lse", (*pack([0, 5], [2, 7]), "bottom_right"), {}),
+        ("varlen_sdpa_with_lse", pack([], []), {}),
         ("rotary_sdpa", rotary(), {}),
         ("rotary_sdpa", rotary(norm="eps"), {"pairing": "neighbours", "smooth": "k"}),
         ("rotary_sdpa", rotary(norm="rstd", dtype=torch.half), {"output_order": "bshd"}),

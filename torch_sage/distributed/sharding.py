@@ -19,7 +19,7 @@ from torch.distributed.tensor._dtensor_spec import TensorMeta
 from torch.distributed.tensor._op_schema import _rebuild_tensor_from_dtensor_meta
 from torch.distributed.tensor.experimental import register_sharding
 
-from torch_sage.ops.schemas import DEFINITIONS
+from torch_sage.ops.schemas import DEFINITIONS, VARLEN
 
 BATCH, HEADS = 0, 1
 Placements = list[Placement | None]
@@ -92,16 +92,20 @@ def _rule(op: torch._ops.OpOverload[..., Any]) -> Callable[..., list[Rule]]:
     """Return the function that lists an op's acceptable placements for DTensor."""
     names = [argument.name for argument in op._schema.arguments]
     results = len(op._schema.returns)
+    is_packed = op._schema.name.removeprefix("torch_sage::") in VARLEN
 
     def placements(*args: Any, **kwargs: Any) -> list[Rule]:
         rules: list[Rule] = []
-        for axis in (None, BATCH, HEADS):
+        for axis in (None, HEADS) if is_packed else (None, BATCH, HEADS):
             fixed = {name: _placement(name, arg, axis) for name, arg in kwargs.items()}
             if not all(_lies_as(kwargs[name], wanted) for name, wanted in fixed.items()):
                 continue
             operands = [_placement(name, arg, axis) for name, arg in zip(names, args, strict=False)]
             output: Placement = Replicate() if axis is None else Shard(axis)
-            rules.append(([output] * results, [*operands, *fixed.values()]))
+            outputs: Placements = [output] * results
+            if is_packed and axis is not None and results > 1:
+                outputs[1] = Shard(axis - 1)  # the LSE has no tokens before its heads
+            rules.append((outputs, [*operands, *fixed.values()]))
         if not rules:
             raise NotImplementedError("attn_mask must be replicated for SDPA on CPU, got a shard")
         return rules
@@ -147,7 +151,7 @@ def _placement(name: str, arg: Any, axis: int | None) -> Placement | None:
     """Return where an operand must lie if ``axis`` is sharded; None for what is no tensor."""
     if not hasattr(arg, "placements"):
         return None
-    if axis is None:
+    if axis is None or name.startswith("cu_seqlens"):
         return Replicate()
     if name == "attn_mask":
         own = axis - (4 - len(arg.shape))  # a mask broadcasts from its last dimension on

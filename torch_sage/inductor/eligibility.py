@@ -6,11 +6,16 @@ inputs, which cache keys cover; other node annotations are in no key, so nothing
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch_sage.config import SageConfig
-from torch_sage.inductor.graph_utils import tensor
-from torch_sage.inductor.patterns.match import Match
+from torch_sage.inductor.graph_utils import tensor, val
+from torch_sage.inductor.patterns.match import Match, PackedMatch
+from torch_sage.ops import checks, packed
 from torch_sage.ops.dispatch import why_not
-from torch_sage.ops.reasons import Reason
+from torch_sage.ops.reasons import Reason, ReasonCode
+from torch_sage.recipes import Recipe
+from torch_sage.varlen import choose_recipe
 
 TRAINING = Reason("training", "The graph is differentiated; quantized attention has no gradient.")
 LSE_USED = Reason("lse_used", "Another output than the attention itself is used, such as its LSE.")
@@ -24,6 +29,32 @@ SCALE_UNKNOWN = Reason("scale_unknown", "scale must be a number known at compile
 OUTPUT_LAYOUT = Reason(
     "output_layout", "The output's strides have gaps, which a copy would not reproduce."
 )
+
+
+NOT_MEASURED = Reason(
+    ReasonCode.BELOW_CROSSOVER,
+    "packed sequences must be measured to be faster than torch's, and were not; dispatch='always' "
+    "ignores this",
+)
+
+
+def reasons_against_packed(
+    match: PackedMatch, config: SageConfig
+) -> tuple[Recipe | None, tuple[Reason, ...]]:
+    """Return the recipe to compute ``match`` with, or every reason not to."""
+    tensors = [tensor(x) for x in match.operands[:5]]
+    longest = [x if isinstance(x, int) else val(x) for x in match.operands[5:]]
+    arguments: tuple[Any, ...] = (*tensors, *longest, match.causal, match.scale)
+    problems = packed.rank_problems(*arguments[:5]) or list(packed.contradictions(*arguments))
+    reasons = [Reason(ReasonCode.INVALID_INPUT, problem) for problem in problems]
+    query, key, value = tensors[:3]
+    if not reasons:
+        reasons += checks.limits(query, key, value, None)
+    recipe, against = choose_recipe(query, value, config)
+    reasons += against
+    if not reasons and config.dispatch == "measured":
+        reasons.append(NOT_MEASURED)
+    return (None if reasons else recipe), tuple(reasons)
 
 
 def reasons_against(match: Match, config: SageConfig) -> tuple[Reason, ...]:

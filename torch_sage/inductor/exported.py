@@ -21,7 +21,7 @@ from torch_sage.config import SageConfig, as_config
 from torch_sage.inductor import rewrite
 from torch_sage.inductor.graph_utils import aten, erase_assertions
 from torch_sage.inductor.passes import publish
-from torch_sage.inductor.patterns import direct, fused, manual
+from torch_sage.inductor.patterns import direct, fused, manual, varlen
 from torch_sage.inductor.records import META_KEY, AttentionRecord
 
 _SDPA = aten.scaled_dot_product_attention.default
@@ -123,6 +123,8 @@ def _rewrite(graph: Graph, config: SageConfig) -> list[AttentionRecord]:
     for pattern in (manual, fused):
         for found in pattern.find(graph):
             rewrite.apply(graph, found, config, shared)
+    for packed in varlen.find(graph):
+        rewrite.apply_packed(graph, packed, config)
     return [record for node in graph.nodes for record in node.meta.pop(META_KEY, ())]
 
 

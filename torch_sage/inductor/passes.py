@@ -28,7 +28,7 @@ from torch_sage.config import SageConfig
 from torch_sage.inductor import rewrite
 from torch_sage.inductor.eligibility import TORCH_FUSION, TRAINING
 from torch_sage.inductor.graph_utils import erase_assertions, is_training, output_node
-from torch_sage.inductor.patterns import direct, encoder_layer, fused, manual
+from torch_sage.inductor.patterns import direct, encoder_layer, fused, manual, varlen
 from torch_sage.inductor.patterns.match import Match, Refusal
 from torch_sage.inductor.patterns.refusals import SOFTMAX_DIM
 from torch_sage.inductor.records import META_KEY, AttentionRecord, attach
@@ -170,6 +170,8 @@ class PostPass(SagePass):
             elif is_new and state.wrong_softmax:
                 against = (TORCH_FUSION,)
             rewrite.apply(graph, found, config, shared, against)
+        for packed in varlen.find(graph):
+            rewrite.apply_packed(graph, packed, config, (TRAINING,) if training else ())
         if state is not None and not new_nodes:
             _rehome(graph, state.refused)
         for node, original in direct.markers(graph):

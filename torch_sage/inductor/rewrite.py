@@ -15,7 +15,11 @@ from torch.fx import Graph, Node
 from torch_sage.config import SageConfig
 from torch_sage.devices import rows_of
 from torch_sage.inductor.constant_masks import ConstantMasks
-from torch_sage.inductor.eligibility import OUTPUT_LAYOUT, reasons_against
+from torch_sage.inductor.eligibility import (
+    OUTPUT_LAYOUT,
+    reasons_against,
+    reasons_against_packed,
+)
 from torch_sage.inductor.graph_utils import (
     Planned,
     bound_arguments,
@@ -28,7 +32,7 @@ from torch_sage.inductor.graph_utils import (
     restride,
     tensor,
 )
-from torch_sage.inductor.patterns.match import Match, Refusal
+from torch_sage.inductor.patterns.match import Match, PackedMatch, Refusal
 from torch_sage.inductor.producers.fuse import fused
 from torch_sage.inductor.producers.tables import Tables
 from torch_sage.inductor.records import (
@@ -112,6 +116,42 @@ def _plain(found: Match, recipe: Recipe) -> Planned:
         output_order=found.output_order,
         **recipe.op_kwargs(),
     )
+
+
+def apply_packed(
+    graph: Graph,
+    found: PackedMatch | Refusal,
+    config: SageConfig,
+    against: tuple[Reason, ...] = (),
+) -> None:
+    """Rewrite packed attention if nothing is ``against`` it; attach the record either way."""
+    if isinstance(found, Refusal):
+        attach(found.anchor, _record(found, "", against or found.reasons))
+        return
+    anchor, names = found.anchor, ("query", "key", "value")
+    operands = {name: tensor(x) for name, x in zip(names, found.operands, strict=False)}
+    recipe, reasons = None, against
+    if not against:
+        recipe, reasons = reasons_against_packed(found, config)
+    result = None
+    if recipe is not None:
+        op = plan(
+            torch.ops.torch_sage.varlen_sdpa.default,
+            *found.operands,
+            found.causal,
+            found.scale,
+            **recipe.op_kwargs(),
+        )
+        result = restride(op, tensor(anchor))
+        reasons = () if result is not None else (OUTPUT_LAYOUT,)
+    name = recipe.name if recipe is not None and result is not None else ""
+    record = _describe("varlen", anchor, operands, found.causal, name, reasons)
+    if result is None:
+        attach(anchor, record)
+        return
+    _replace(graph, anchor, insert_before(graph, anchor, result))
+    assert op.node is not None
+    attach(op.node, record)
 
 
 def restore(graph: Graph, node: Node, original: torch._ops.OpOverload[..., Any]) -> None:

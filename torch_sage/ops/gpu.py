@@ -11,7 +11,7 @@ import torch
 
 from torch_sage import _extension, devices
 from torch_sage.devices import asked_while_tracing, dotted
-from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY, WHOLE
+from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY, VARLEN, WHOLE
 
 # Ampere: Triton compiles INT8 products to tensor cores from there on; for Turing (7.5) it has had
 # none since 3.8.
@@ -59,7 +59,7 @@ def register_kernels() -> None:
     if "sm80" in _extension.cuda_gpus():
         LIBRARY.define(_MMA_PREPARE_KV)  # type: ignore[no-untyped-call]  # torch's
     for name in DEFINITIONS:
-        if name in PREPARED or name == ROTARY:
+        if name in PREPARED or name == ROTARY or name in VARLEN:
             continue
         if name in WHOLE and _extension.cuda_gpus():
             target = f"triton_{name}"

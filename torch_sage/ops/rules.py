@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_sage.devices import lack_of_sm90
+from torch_sage.devices import lack_of_sm90, lack_of_varlen
 from torch_sage.ops.after_import import after_import
-from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY
+from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY, VARLEN
 
 # Arguments that torch's own function casts under autocast, SDPA's to the region's dtype, softmax's
 # to float32; scales, means and codes of quantized operands keep their dtype.
@@ -121,16 +121,19 @@ def _register_vmap(name: str) -> None:
 
 
 def register_vmap_by_calls(name: str) -> None:
-    """Call the op, which has one result, for every index of the mapped dimension."""
+    """Call the op for every index of the mapped dimension."""
     op = _overload(name)
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         pairs = list(zip(args, in_dims, strict=True))
-        calls = (
+        calls = [
             op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs), **kwargs)
             for i in range(info.batch_size)
-        )
-        return torch.stack(list(calls)), 0
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        results = tuple(map(torch.stack, zip(*calls, strict=True)))
+        return results, (0,) * len(results)
 
     torch.library.register_vmap(f"torch_sage::{name}", rule, lib=LIBRARY)
 
@@ -206,15 +209,42 @@ def register_missing_kernels(reason: str) -> None:
             register(name)
 
 
-def _register_lack_of_kernels(name: str) -> None:
-    """Say what runs an op of one row of the recipe table, where the library has no kernel."""
+def _register_lack_of_kernels(
+    name: str, lack_of: Callable[[str, torch.device], str | None]
+) -> None:
+    """Say what runs an op of few rows of the recipe table, where the library has no kernel."""
     argument = _overload(name)._schema.arguments[0].name
 
     def kernel(first: Tensor, *_: Any, **__: Any) -> Any:
-        lack = lack_of_sm90(argument, first.device)
+        lack = lack_of(argument, first.device)
         raise NotImplementedError(f"torch_sage::{name} has no kernel here: {lack}")
 
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's
+
+
+def _varlen_flops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count as ``_attention_flops``, sequence by sequence, as torch does for its packed op."""
+
+    def lengths(starts: Tensor, longest: int) -> list[int]:
+        if type(starts) is Tensor and starts.device.type != "meta":
+            return [min(length, longest) for length in starts.diff().tolist()]
+        return [longest] * (starts.shape[0] - 1)
+
+    pairs = zip(
+        lengths(cu_seqlens_q, max_seqlen_q), lengths(cu_seqlens_k, max_seqlen_k), strict=True
+    )
+    scores = query.shape[1] * sum(n * m for n, m in pairs)
+    return int(2 * scores * (query.shape[2] + value.shape[2]))
 
 
 _FLOPS: dict[str, Callable[..., int]] = {
@@ -234,17 +264,22 @@ def _register_flops() -> None:
 
     for name, formula in _FLOPS.items():
         register_flop_formula(getattr(torch.ops.torch_sage, name))(formula)
+    for name in VARLEN:
+        register_flop_formula(getattr(torch.ops.torch_sage, name), get_raw=True)(_varlen_flops)
 
 
 for _name in DEFINITIONS:
     _register_autograd_guard(_name)
     register_autocast(_name, "cpu")
     register_autocast(_name, "cuda")
-    if _name == ROTARY:
-        register_vmap_by_calls(_name)  # norm weights have no batch to fold into
+    if _name == ROTARY or _name in VARLEN:
+        # Neither norm weights nor packed sequences have a batch to fold into.
+        register_vmap_by_calls(_name)
     else:
         _register_vmap(_name)
 for _name in (*PREPARED, ROTARY):
-    _register_lack_of_kernels(_name)
+    _register_lack_of_kernels(_name, lack_of_sm90)
+for _name in VARLEN:
+    _register_lack_of_kernels(_name, lack_of_varlen)
 # It imports triton, which takes half a second and makes folders.
 after_import("torch.utils.flop_counter", _register_flops)

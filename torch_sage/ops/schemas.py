@@ -14,16 +14,24 @@ import torch
 from torch import Tensor
 
 from torch_sage.devices import lack_of_sm90
-from torch_sage.ops import checks
+from torch_sage.ops import checks, packed
 from torch_sage.ops.checks import Size
 from torch_sage.recipes import ROTARY as ROTARY_ROWS
 from torch_sage.recipes import SUPPORT, Recipe, rows_of_type
+from torch_sage.recipes import VARLEN as VARLEN_ROWS
 from torch_sage.reference.quantize import TOKEN_BLOCK
 
 LIBRARY = torch.library.Library("torch_sage", "DEF")  # type: ignore[no-untyped-call]  # torch's
 OP_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 
-# Arguments of every attention op after its tensors; `attn_mask` is bool (True = keep) or float.
+# Sequences one after the other in the rows of the tensors.
+_PACKED = (
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, str causal='none', float? scale=None"
+)
+
+# Arguments of every other attention op after its tensors; `attn_mask` is bool (True = keep) or
+# float.
 _SEMANTICS = "Tensor? attn_mask=None, str causal='none', float? scale=None"
 
 DEFINITIONS: dict[str, str] = {
@@ -60,6 +68,14 @@ DEFINITIONS: dict[str, str] = {
         f"(Tensor query, Tensor key, Tensor value, {_SEMANTICS}, *, str qk='int8',"
         " str granularity='token', str pv='bf16', str smooth='qk', str exponential='exact',"
         " str output_order='bhsd') -> (Tensor output, Tensor lse)"
+    ),
+    "varlen_sdpa": (
+        f"({_PACKED}, *, str qk='int8', str granularity='token', str pv='bf16', str smooth='qk',"
+        " str exponential='exact') -> Tensor"
+    ),
+    "varlen_sdpa_with_lse": (
+        f"({_PACKED}, *, str qk='int8', str granularity='token', str pv='bf16', str smooth='qk',"
+        " str exponential='exact') -> (Tensor output, Tensor lse)"
     ),
     "rotary_sdpa": (
         "(Tensor query, Tensor key, Tensor value, Tensor query_cos, Tensor query_sin,"
@@ -103,6 +119,9 @@ PREPARED = (
     "attention_prepared_part",
 )
 """The ops of one row of the recipe table alone (``recipes.PREPARED``)."""
+
+VARLEN = ("varlen_sdpa", "varlen_sdpa_with_lse")
+"""The ops over packed sequences, of the rows of ``recipes.VARLEN``."""
 
 ROTARY = "rotary_sdpa"
 """The op of few rows (``recipes.ROTARY``), which has its kernel for CPU in Python."""
@@ -229,6 +248,43 @@ def sdpa(
 def sdpa_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Shapes of the output [B, Hq, N, Dv] and the natural-log LSE [B, Hq, N] fp32."""
     return sdpa(query, *args, **kwargs), empty_lse(query)
+
+
+@_fake("varlen_sdpa")
+def varlen_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: Size,
+    max_seqlen_k: Size,
+    causal: str = "none",
+    scale: float | None = None,
+    *,
+    qk: str = "int8",
+    granularity: str = "token",
+    pv: str = "bf16",
+    smooth: str = "qk",
+    exponential: str = "exact",
+) -> Tensor:
+    """Shape of the output [tokens, Hq, Dv] in the dtype of query."""
+    starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    _require(packed.problems(query, key, value, *starts, *longest, causal, scale))
+    recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
+    rows = [row for row in rows_of_type(query.device.type) if row in VARLEN_ROWS]
+    head_dim = checks.largest_head_dim(query, value)
+    _require(checks.recipe_problems(dict.fromkeys(rows, recipe), head_dim))
+    tokens, heads, _ = query.shape
+    return query.new_empty((tokens, heads, value.shape[2]))
+
+
+@_fake("varlen_sdpa_with_lse")
+def varlen_sdpa_with_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of the output [tokens, Hq, Dv] and the natural-log LSE [Hq, tokens] fp32."""
+    output = varlen_sdpa(query, *args, **kwargs)
+    tokens, heads, _ = query.shape
+    return output, query.new_empty((heads, tokens), dtype=torch.float32)
 
 
 @_fake("rotary_sdpa")

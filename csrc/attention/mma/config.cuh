@@ -7,6 +7,7 @@ namespace torch_sage::mma {
 
 constexpr int kRows = 128;  // query rows of a block
 constexpr int kKeyColumns = kKeys / 8;
+constexpr int kSequenceBytes = 32;
 constexpr int kParts = 3;  // 16-bit numbers whose sum is an element of a mean of Q
 
 // kWidth: head_dim, zero-padded.
@@ -37,10 +38,11 @@ struct Config {
   static constexpr int kValueAt = kKeyAt + kKeys * kCodeBytes;
   static constexpr int kShiftAt = kValueAt + kValueRows * kValueRowBytes;  // of the LSE, per row
   static constexpr int kAmaxAt = kShiftAt + 4 * kRows;                     // per warp
-  static constexpr int kPlainBytes = kAmaxAt + 4 * 8;
+  static constexpr int kSequenceAt = kAmaxAt + 4 * 8;
+  static constexpr int kPlainBytes = kSequenceAt + kSequenceBytes;
 
   // Only with a mask: of 8 rows per warp, with a distance that keeps a quad's reads on other banks.
-  static constexpr int kBiasStride = kKeys + 8;
+  static constexpr int kBiasStride = kKeys + 4;
   static constexpr int kBiasBytes = 4 * 8 * kBiasStride;
   static constexpr int kMaskBytes = kWarps * kBiasBytes;
 
@@ -53,6 +55,9 @@ struct Config {
   static constexpr int kPartsAt = kCorrectionAt + 4 * kKeys;
   static constexpr int kRawAt = kPartsAt + (kCorrectsByTensorCores ? kParts * 2 * kWidth : 0);
   static constexpr int kSmoothBytes = kRawAt + (kCorrectsByTensorCores ? kKeys * 2 * kWidth : 0);
+
+  static constexpr int kMostBytes = kPlainBytes + (kHasMask ? kMaskBytes : 0) + kSmoothBytes;
+  static_assert(kMostBytes <= 99 * 1024, "or it would not start on 8.6, 8.9 and 12.0");
 
   static int shared_bytes(const AttentionParams& p) {
     return kPlainBytes + (p.mask_kind == MaskKind::kNone ? 0 : kMaskBytes) +

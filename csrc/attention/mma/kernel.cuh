@@ -9,6 +9,7 @@
 #include "attention/mma/correction.cuh"
 #include "attention/mma/instructions.cuh"
 #include "attention/mma/query.cuh"
+#include "attention/mma/sequence.cuh"
 #include "attention/mma/softmax.cuh"
 #include "attention/store.cuh"
 #include "cuda/error.h"
@@ -41,32 +42,35 @@ class Warp {
  public:
   __device__ __forceinline__ Warp(const AttentionParams& p, uint8_t* shared)
       : p_(p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
-    const int blocks = (p.seqlen_q + kRows - 1) / kRows;
-    const int head = blockIdx.x / blocks, block = blockIdx.x % blocks;
-    // The longest first.
-    first_row_ = (p.last_key_offset < p.kv.seqlen ? blocks - 1 - block : block) * kRows;
-    batch_ = head / p.heads_q;
-    head_ = head % p.heads_q;
-    const int key_head = head_ / (p.heads_q / p.heads_kv);
-    key_head_ = static_cast<int64_t>(batch_) * p.heads_kv + key_head;
-    key_codes_ = p.kv.key_codes + key_head_ * p.kv.tiles() * (kKeys * C::kCodeBytes);
-    key_scales_ = p.kv.key_scales + key_head_ * p.kv.tiles() * 4 + lane_ % 4;
+    const Sequence s = is_packed() ? packed_sequence(p) : sequence_of_batch(p);
+    // Registers are few, and few of these are needed again.
+    if (threadIdx.x == 0) *reinterpret_cast<Sequence*>(shared + C::kSequenceAt) = s;
+    const int key_head = s.head / (p.heads_q / p.heads_kv);
+    key_head_ = static_cast<int64_t>(s.index) * p.heads_kv + key_head;
+    // Where they are packed, all sequences share the rows of a head.
+    const int64_t rows_of_head = is_packed() ? key_head : key_head_;
+    const int64_t first_tile = rows_of_head * p.kv.tiles() + s.first_tile(is_packed());
+    key_codes_ = p.kv.key_codes + first_tile * (kKeys * C::kCodeBytes);
+    key_scales_ = p.kv.key_scales + first_tile * 4 + lane_ % 4;
+    const auto key_row = [&](const Rows& rows) {
+      return s.index * rows.stride_b + key_head * rows.stride_h + s.key_start * rows.stride_n;
+    };
     if (p.key != nullptr)
-      key_rows_ =
-          static_cast<const char*>(p.key) +
-          (batch_ * p.key_rows.stride_b + key_head * p.key_rows.stride_h) * (is_wide() ? 4 : 2);
+      key_rows_ = static_cast<const char*>(p.key) + key_row(p.key_rows) * (is_wide() ? 4 : 2);
     if constexpr (C::kIsE4m3) {
       values_ = static_cast<const uint8_t*>(p.kv.value_codes) +
-                key_head_ * C::kWidth * p.kv.tiles() * kKeys;
+                (rows_of_head * C::kWidth * p.kv.tiles() + s.first_tile(is_packed())) * kKeys;
     } else {
-      values_ = p.value + batch_ * p.value_rows.stride_b + key_head * p.value_rows.stride_h;
+      values_ = p.value + key_row(p.value_rows);
     }
-    const int last_row = min(first_row_ + kRows, p.seqlen_q) - 1;
-    const int last_key = min(p.kv.seqlen - 1, last_row + p.last_key_offset);
-    tiles_ = last_key < 0 ? 0 : last_key / kKeys + 1;
+    tiles_ = s.tiles();
+    // Where sequences are packed, rows that see no key have their result already.
+    has_work_ = s.first_row >= 0 && s.first_row < s.seqlen_q && (tiles_ > 0 || !is_packed());
+    __syncthreads();
   }
 
   __device__ __forceinline__ void run() {
+    if (!has_work_) return;
     softmax_.reset();
 #pragma unroll
     for (int i = 0; i < C::kRowTiles; i++) {
@@ -98,21 +102,19 @@ class Warp {
       const float factor = query_scale_ * key_scale * kCodesScale;
       float scores[C::kRowTiles][kKeyColumns][4];
       convert<C>(sums, scores);
-      const int key_end = (tile + 1) * kKeys;
-      const bool is_masked =
-          C::kHasMask || key_end > p_.kv.seqlen || key_end - 1 > first_row_ + p_.last_key_offset;
+      const bool is_masked = C::kHasMask || (tile + 1) * kKeys > sequence().first_hidden_key();
       const bool wants_sum = C::kIsE4m3 || p_.lse != nullptr;
       if (p_.key == nullptr && !is_masked) {
         softmax_.template update<false>(scores, factor, wants_sum);
       } else {
         make_logits<C>(scores, factor,
                        p_.key == nullptr ? nullptr : correction_.of_keys + lane_ % 4 * 2);
-        const int row = first_row_ + warp_ * C::kWarpRows;
+        const int row = sequence().first_row + warp_ * C::kWarpRows;
         if constexpr (C::kHasMask) {
           auto* biases = reinterpret_cast<float*>(shared_ + C::kPlainBytes + warp_ * C::kBiasBytes);
           add_mask<C>(p_, mask_of_head(), biases, row, tile * kKeys, scores);
         }
-        if (is_masked) hide<C>(p_, row + lane_ / 4, tile * kKeys + lane_ % 4 * 2, scores);
+        if (is_masked) hide<C>(sequence(), row + lane_ / 4, tile * kKeys + lane_ % 4 * 2, scores);
         softmax_.template update<true>(scores, factor, wants_sum);
       }
       pack_probabilities(scores);
@@ -130,6 +132,13 @@ class Warp {
   static constexpr int kSteps = C::kIsE4m3 ? 2 : 4;  // of PV: 32 or 16 keys each
 
   __device__ __forceinline__ bool is_wide() const { return p_.dtype == Dtype::kFloat32; }
+  // No mask goes with packed sequences.
+  __device__ __forceinline__ bool is_packed() const {
+    return !C::kHasMask && p_.queries.starts != nullptr;
+  }
+  __device__ __forceinline__ const Sequence& sequence() const {
+    return *reinterpret_cast<const Sequence*>(shared_ + C::kSequenceAt);
+  }
 
   __device__ __forceinline__ uint32_t at(int offset) const {
     return shared_address(shared_) + offset;
@@ -141,7 +150,7 @@ class Warp {
                       : p_.mask_kind == MaskKind::kFloat32 ? 4
                                                            : 2;
     return static_cast<const char*>(p_.mask) +
-           (batch_ * p_.mask_stride_b + head_ * p_.mask_stride_h) * bytes;
+           (sequence().index * p_.mask_stride_b + sequence().head * p_.mask_stride_h) * bytes;
   }
 
   __device__ __forceinline__ void fetch_keys(int tile) const {
@@ -170,7 +179,7 @@ class Warp {
     const auto directly = [&](auto* rows) {
       correction_.compute_directly(rows + static_cast<int64_t>(tile) * kKeys * p_.key_rows.stride_n,
                                    p_.key_rows.stride_n, p_.key_columns,
-                                   p_.kv.seqlen - tile * kKeys);
+                                   sequence().seqlen_k - tile * kKeys);
     };
     if (is_wide()) {
       directly(reinterpret_cast<const float*>(key_rows_));
@@ -200,7 +209,7 @@ class Warp {
   __device__ __forceinline__ void fetch_halves(int to, const uint16_t* rows, int64_t stride,
                                                int columns, int tile) const {
     using Chunks = mma::Chunks<C::kThreads, kKeys, 2 * C::kWidth>;
-    const int count = p_.kv.seqlen - tile * kKeys;
+    const int count = sequence().seqlen_k - tile * kKeys;
     const uint16_t* from = rows +
                            (static_cast<int64_t>(tile) * kKeys + Chunks::first_row()) * stride +
                            Chunks::chunk() * 8;
@@ -212,16 +221,17 @@ class Warp {
   }
 
   __device__ __forceinline__ void quantize_query() {
-    const int64_t first = batch_ * p_.query_rows.stride_b + head_ * p_.query_rows.stride_h +
-                          first_row_ * p_.query_rows.stride_n;
+    const Sequence s = sequence();
+    const int64_t first = s.index * p_.query_rows.stride_b + s.head * p_.query_rows.stride_h +
+                          (s.query_start + s.first_row) * p_.query_rows.stride_n;
     const float* key_mean =
         p_.kv.key_mean == nullptr ? nullptr : p_.kv.key_mean + key_head_ * p_.key_mean_columns;
     QueryRows rows{};
     rows.first = static_cast<const char*>(p_.query) + first * (is_wide() ? 4 : 2);
-    rows.valid = min(kRows, p_.seqlen_q - first_row_);
+    rows.valid = min(kRows, s.seqlen_q - s.first_row);
     rows.shift = p_.lse == nullptr ? nullptr : key_mean;
     rows.amax = p_.granularity == Granularity::kTensor
-                    ? p_.query_amax[static_cast<int64_t>(batch_) * p_.heads_q + head_]
+                    ? p_.query_amax[static_cast<int64_t>(s.index) * p_.heads_q + s.head]
                     : 0;
     rows.codes = shared_ + C::kQueryAt;
     rows.shifts = reinterpret_cast<float*>(shared_ + C::kShiftAt);
@@ -427,6 +437,18 @@ class Warp {
     flush(i, j, wide);
   }
 
+  // Of row `row` of the block.
+  __device__ __forceinline__ Place place_of(int row) const {
+    const Sequence s = sequence();
+    if (!is_packed()) return Place(p_, s.index, s.head, s.first_row + row);
+    const int64_t at = s.query_start + s.first_row + row;
+    char* output =
+        static_cast<char*>(p_.output) +
+        (s.head * p_.output_rows.stride_h + at * p_.output_rows.stride_n) * (is_wide() ? 4 : 2);
+    return Place(static_cast<int64_t>(s.head) * p_.queries.rows + at, output,
+                 s.seqlen_q - s.first_row - row);
+  }
+
   __device__ __forceinline__ void write() const {
     const float* scales =
         p_.kv.value_scales == nullptr ? nullptr : p_.kv.value_scales + key_head_ * C::kWidth;
@@ -437,7 +459,7 @@ class Warp {
 #pragma unroll
     for (int i = 0; i < C::kRowTiles; i++) {
       const int row = warp_ * C::kWarpRows + 16 * i + lane_ / 4;
-      const Place place(p_, batch_, head_, first_row_ + row);
+      const Place place = place_of(row);
       float inverse[2];
       bool attends[2];
 #pragma unroll
@@ -480,7 +502,8 @@ class Warp {
   const AttentionParams& p_;
   uint8_t* shared_;
   const int lane_, warp_;
-  int first_row_, batch_, head_, tiles_;
+  int tiles_;
+  bool has_work_;
   int64_t key_head_;
   const uint8_t* key_codes_;
   const float* key_scales_;  // of the lane's keys in tile 0
@@ -501,14 +524,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
   Warp<C>(p, shared).run();
 }
 
+inline int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
 template <class C>
 void launch_kernel(const AttentionParams& params, cudaStream_t stream) {
   const int bytes = C::shared_bytes(params);
   check_cuda(
       cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
       "cudaFuncSetAttribute");
-  const int64_t blocks =
-      (static_cast<int64_t>(params.seqlen_q) + kRows - 1) / kRows * params.heads_q * params.batch;
+  const bool is_packed = params.queries.starts != nullptr;
+  const int64_t blocks = params.heads_q * (is_packed ? params.queries.units(kRows)
+                                                     : tiles_of(params.seqlen_q) * params.batch);
   attention_kernel<C><<<static_cast<unsigned>(blocks), C::kThreads, bytes, stream>>>(params);
   check_cuda(cudaGetLastError(), "launch of attention");
 }

@@ -11,13 +11,15 @@
 namespace torch_sage::mma {
 
 struct AttentionParams {
+  // Where sequences are packed, batch and seqlen_q are not used, and every stride_b is 0.
   int batch, heads_q, heads_kv, seqlen_q, head_dim, head_dim_v;
+  Packed queries;  // kv.packed has the keys
 
   const void* query;  // [b, h_q, n, head_dim], rows aligned to 16 bytes, head_dim a multiple of 8
   Dtype dtype;        // of query and output
   Rows query_rows;
   Granularity granularity;
-  const uint32_t* query_amax;  // [b, h_q], for granularity kTensor
+  const uint32_t* query_amax;  // [b or sequences, h_q], for granularity kTensor
 
   PreparedKv kv;
   int key_mean_columns;  // head_dim before it was padded
@@ -35,7 +37,8 @@ struct AttentionParams {
 
   // Key m is visible to query n iff m <= n + last_key_offset and m < kv.seqlen.
   int last_key_offset;
-  float scale;  // of the scores, any sign
+  Causal causal;  // what follows it where sequences are packed
+  float scale;    // of the scores, any sign
 
   MaskKind mask_kind;
   const void* mask;
@@ -43,7 +46,7 @@ struct AttentionParams {
 
   void* output;  // [b, h_q, n, head_dim_v], last dimension dense
   Rows output_rows;
-  float* lse;  // [b, h_q, n] natural log; may be null
+  float* lse;  // [b, h_q, n] or, packed, [h_q, rows], natural log; may be null
 };
 
 // Throws std::runtime_error where the launch fails.

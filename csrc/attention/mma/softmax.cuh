@@ -7,6 +7,7 @@
 #include "attention/mask.cuh"
 #include "attention/mma/config.cuh"
 #include "attention/mma/instructions.cuh"
+#include "attention/mma/sequence.cuh"
 
 namespace torch_sage::mma {
 
@@ -93,13 +94,14 @@ __device__ __forceinline__ void add_mask(const AttentionParams& p, const char* m
 
 // Makes logits -inf where no key is visible. Both numbers are of the lane's first element.
 template <class C>
-__device__ __forceinline__ void hide(const AttentionParams& p, int first_row, int first_key,
+__device__ __forceinline__ void hide(const Sequence& sequence, int first_row, int first_key,
                                      float (&x)[C::kRowTiles][kKeyColumns][4]) {
+  const Sequence s = sequence;
 #pragma unroll
   for (int i = 0; i < C::kRowTiles; i++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int last = min(p.kv.seqlen - 1, first_row + 16 * i + 8 * h + p.last_key_offset);
+      const int last = min(s.seqlen_k - 1, first_row + 16 * i + 8 * h + s.last_key_offset);
 #pragma unroll
       for (int j = 0; j < kKeyColumns; j++)
 #pragma unroll

@@ -18,23 +18,25 @@ constexpr int kThreads = kWidth == 256 ? 512 : 256;
 template <int kWidth>
 constexpr int kTiles = kWidth == 64 ? 2 : 1;
 
+template <int kWidth>
+constexpr int kTokens = kTiles<kWidth> * kKeys;
+
 // Where a block is: tiles of one head.
 template <int kWidth>
 struct Place {
-  int head, first_token, valid_tokens;
-  int64_t first_tile;  // of all heads
-  int valid_tiles;
+  Head head;
+  int first_token, valid_tokens;  // of the sequence
+  int64_t row;                    // of the workspace
+  int first_tile, valid_tiles;    // in the row
 
-  __device__ explicit Place(const PrepareParams& p) {
-    constexpr int kTiles = mma::kTiles<kWidth>, kTokens = kTiles * kKeys;
-    const int tiles = static_cast<int>(p.kv.tiles()), blocks = (tiles + kTiles - 1) / kTiles;
-    const int block = blockIdx.x % blocks;
-    head = blockIdx.x / blocks;
-    first_token = block * kTokens;
-    valid_tokens = min(kTokens, p.kv.seqlen - first_token);
-    first_tile = static_cast<int64_t>(head) * tiles + block * kTiles;
-    valid_tiles = min(kTiles, tiles - block * kTiles);
-  }
+  __device__ explicit Place(const PrepareParams& p)
+      : head(head_of_block(p.kv.packed, p.heads, p.kv.seqlen, kTokens<kWidth>, blockIdx.x)),
+        first_token(head.unit * kTokens<kWidth>),
+        valid_tokens(min(kTokens<kWidth>, head.seqlen - first_token)),
+        row(head.row(p.kv.packed, p.heads)),
+        first_tile(head.first(p.kv.packed, p.heads, kKeys) + head.unit * kTiles<kWidth>),
+        valid_tiles((valid_tokens + kKeys - 1) / kKeys) {}
+  __device__ bool is_there() const { return first_token >= 0 && valid_tokens > 0; }
   // The block that writes what a head has one of.
   __device__ bool is_first() const { return first_token == 0; }
 };
@@ -99,6 +101,7 @@ __device__ __forceinline__ void quantize_key(const PrepareParams& p, const Plan&
   __shared__ float inverse_of[kTiles][4];
 
   const Place<kWidth> place(p);
+  if (!place.is_there()) return;
   const Rows8 rows(Tokens<kIsWide>(p, kKey, place.head), place);
   const int thread = threadIdx.x, column = Rows8::column();
   const bool has_one_scale = p.granularity == Granularity::kTensor;
@@ -113,7 +116,8 @@ __device__ __forceinline__ void quantize_key(const PrepareParams& p, const Plan&
     mean_of[thread] = channel.mean;
     if (has_one_scale) atomicMax(&head_amax, __float_as_uint(channel.amax));
     if (p.kv.key_mean != nullptr && place.is_first() && thread < p.key_mean_columns)
-      p.kv.key_mean[static_cast<int64_t>(place.head) * p.key_mean_columns + thread] = channel.mean;
+      p.kv.key_mean[static_cast<int64_t>(place.head.index) * p.key_mean_columns + thread] =
+          channel.mean;
   }
   __syncthreads();
   float mean[8], x[8];
@@ -139,6 +143,7 @@ __device__ __forceinline__ void quantize_key(const PrepareParams& p, const Plan&
     }
   }
   __syncthreads();
+  const int64_t first_tile = place.row * p.kv.tiles() + place.first_tile;
   if (thread < kTiles * 4) {
     const int tile = thread / 4;
     uint32_t bits = has_one_scale ? head_amax : amax_of[tile][thread % 4];
@@ -150,12 +155,12 @@ __device__ __forceinline__ void quantize_key(const PrepareParams& p, const Plan&
     const ScaleAndInverse scale =
         p.kv.is_int4 ? scale_and_inverse_7(amax) : scale_and_inverse_127(amax);
     inverse_of[tile][thread % 4] = scale.inverse;
-    if (tile < place.valid_tiles) p.kv.key_scales[place.first_tile * 4 + thread] = scale.scale;
+    if (tile < place.valid_tiles) p.kv.key_scales[first_tile * 4 + thread] = scale.scale;
   }
   __syncthreads();
 
   const int row_bytes = p.kv.row_bytes();
-  uint8_t* codes = p.kv.key_codes + place.first_tile * (kKeys * row_bytes);
+  uint8_t* codes = p.kv.key_codes + first_tile * (kKeys * row_bytes);
 #pragma unroll
   for (int i = 0; i < Rows8::kRounds; i++) {
     const int row = Rows8::row(i);
@@ -198,7 +203,7 @@ __device__ __forceinline__ void read_channels(const PrepareParams& p, const Plan
     mean_of[thread] = channel.mean;
     inverse_of[thread] = scale.inverse;
     if (place.is_first()) {
-      const int64_t at = static_cast<int64_t>(place.head) * kWidth + thread;
+      const int64_t at = static_cast<int64_t>(place.head.index) * kWidth + thread;
       p.kv.value_scales[at] = scale.scale;
       if (is_smooth) p.kv.value_mean[at] = channel.mean;
     }
@@ -212,6 +217,7 @@ __device__ __forceinline__ void round_value(const PrepareParams& p, const Plan& 
   using Rows8 = mma::Rows8<kWidth, kIsWide>;
   __shared__ float mean_of[kWidth], inverse_of[kWidth];
   const Place<kWidth> place(p);
+  if (!place.is_there()) return;
   const Rows8 rows(Tokens<kIsWide>(p, kValue, place.head), place);
   const int column = Rows8::column();
   read_channels(p, plan, place, mean_of, inverse_of);
@@ -221,7 +227,7 @@ __device__ __forceinline__ void round_value(const PrepareParams& p, const Plan& 
   const bool is_bf16 = p.pv == Pv::kBf16;
   const float limit = is_bf16 ? 0x1.fep127f : 65504.f;  // fp32 beyond it would round to Inf
   uint16_t* codes = static_cast<uint16_t*>(p.kv.value_codes) +
-                    (static_cast<int64_t>(place.head) * p.kv.seqlen + place.first_token) * kWidth;
+                    (place.row * p.kv.seqlen + place.head.start + place.first_token) * kWidth;
 #pragma unroll
   for (int i = 0; i < Rows8::kRounds; i++) {
     const int row = Rows8::row(i);
@@ -243,6 +249,7 @@ __device__ __forceinline__ void transpose_value(const PrepareParams& p, const Pl
   constexpr int kPairs = kWidth / 16;  // pairs of 8 channels: of a warp, with the tokens of a tile
   __shared__ float mean_of[kWidth], inverse_of[kWidth];
   const Place<kWidth> place(p);
+  if (!place.is_there()) return;
   const Tokens<kIsWide> tokens(p, kValue, place.head);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 16;
   static_assert(kThreads<kWidth> / 32 == kTiles<kWidth> * kPairs);
@@ -258,8 +265,8 @@ __device__ __forceinline__ void transpose_value(const PrepareParams& p, const Pl
   if (tile >= place.valid_tiles) return;
 
   const int64_t row_bytes = p.kv.tiles() * kKeys;
-  uint8_t* codes = static_cast<uint8_t*>(p.kv.value_codes) + place.head * row_bytes * kWidth +
-                   place.first_token + tile * kKeys + quad * 4;
+  uint8_t* codes = static_cast<uint8_t*>(p.kv.value_codes) + place.row * row_bytes * kWidth +
+                   (place.first_tile + tile) * kKeys + quad * 4;
 #pragma unroll
   for (int c = 0; c < 8; c++) {
     const int column = first_column + c;
@@ -291,10 +298,9 @@ __global__ void __launch_bounds__(kThreads<kWidth>, (kIsWide ? 512 : 1024) / kTh
 
 template <int kWidth, bool kIsWide>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  Plan plan = make_plan(p);
+  const Plan plan = make_plan(p);
   launch_statistics<kWidth, kIsWide>(p, plan, stream);
-  constexpr int kTiles = mma::kTiles<kWidth>;
-  const int64_t blocks = (p.kv.tiles() + kTiles - 1) / kTiles * p.batch * p.heads;
+  const int64_t blocks = blocks_of(p.kv.packed, p.batch, p.heads, p.kv.seqlen, kTokens<kWidth>);
   const unsigned operands = p.kv.value_codes == nullptr ? 1 : 2;
   launch_kernel(quantize_kernel<kWidth, kIsWide>, dim3(static_cast<unsigned>(blocks), operands),
                 kThreads<kWidth>, stream, "the launch of quantize", p, plan);
@@ -313,7 +319,8 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
 
 int64_t partial_floats(const PrepareParams& p) {
   constexpr int kOperands = 2;
-  return kOperands * make_plan(p).offset(p, kKey, static_cast<int64_t>(p.batch) * p.heads, 0);
+  const Plan plan = make_plan(p);
+  return kOperands * plan.rows_of_heads * plan.per_row * kStatistics * p.kv.width;
 }
 
 void launch_prepare_kv(const PrepareParams& p, cudaStream_t stream) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/packed.h"
 #include "common/params.h"
 
 namespace torch_sage::mma {
@@ -32,8 +33,11 @@ constexpr float largest_value(Pv pv) { return pv == Pv::kE4m3 ? 448.f : 9.f; }
 enum class Granularity { kThread, kWarp, kBlock, kTensor };
 
 // All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64, 128 or 256.
+// Where sequences are packed, a head has tiles of all of them, numbered as units of kKeys rows, and
+// means and scales of V are [sequences, h_kv, ...].
 struct PreparedKv {
-  int seqlen;
+  int seqlen;  // packed: rows of all sequences
+  Packed packed;
   int width;
   bool is_int4;
   // [64 * tiles, row_bytes]: INT4 codes two to a byte, the lower channel in the lower nibble. Zero
@@ -49,13 +53,15 @@ struct PreparedKv {
   float* value_mean;    // [width]; null: V is not smoothed
 
   __host__ __device__ int64_t tiles() const {
-    return (static_cast<int64_t>(seqlen) + kKeys - 1) / kKeys;
+    return packed.starts != nullptr ? packed.units(kKeys)
+                                    : (static_cast<int64_t>(seqlen) + kKeys - 1) / kKeys;
   }
   __host__ __device__ int row_bytes() const { return is_int4 ? width / 2 : width; }
 };
 
 struct PrepareParams {
-  int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8
+  int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8; packed: batch is not
+                                           // used, and every stride_b is 0
   int key_mean_columns;                    // head_dim before it was padded
   const void* key;                         // rows aligned to 16 bytes
   const void* value;
@@ -75,11 +81,12 @@ void launch_prepare_kv(const PrepareParams& params, cudaStream_t stream);
 
 struct QueryAmaxParams {
   int batch, heads, seqlen, head_dim;  // head_dim a multiple of 8
+  Packed packed;                       // batch and seqlen are not used then
   const void* query;                   // rows aligned to 16 bytes
   Dtype dtype;
   Rows rows;
   bool smooth;     // subtract the mean of every 128 rows before
-  uint32_t* amax;  // [b, h]: bits of the largest magnitude, NaN above all (rule R2)
+  uint32_t* amax;  // [b or sequences, h]: bits of the largest magnitude, NaN above all (rule R2)
 };
 
 // What granularity "tensor" needs before the attention kernel quantizes Q.

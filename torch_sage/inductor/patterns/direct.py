@@ -15,7 +15,13 @@ from torch_sage.ops.exact import ORIGINALS
 from torch_sage.ops.reasons import Reason
 from torch_sage.recipes import Recipe
 
-_CALLED = (ops.sdpa, ops.sdpa_with_lse, ops.rotary_sdpa)
+_CALLED = (
+    ops.sdpa,
+    ops.sdpa_with_lse,
+    ops.rotary_sdpa,
+    ops.varlen_sdpa,
+    ops.varlen_sdpa_with_lse,
+)
 _EXCLUDED = {getattr(ops, name): original for name, original in ORIGINALS.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Node
 
@@ -57,6 +58,20 @@ class Match:
 
     sizes: dict[Node, Node] = field(default_factory=dict)
     """Symbolic sizes read off tensors that disappear, and equal ones that stay."""
+
+
+@dataclass(frozen=True)
+class PackedMatch:
+    """A call of packed attention, in the terms of ``torch_sage::varlen_sdpa``."""
+
+    anchor: Node
+    """The node of the output, whose value is replaced."""
+
+    operands: tuple[Any, ...]
+    """The op's seven arguments that are tensors and lengths."""
+
+    causal: str
+    scale: float | None
 
 
 @dataclass(frozen=True)

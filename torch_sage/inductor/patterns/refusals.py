@@ -35,3 +35,8 @@ class Unsupported(Exception):
         """Keep ``reason``."""
         super().__init__(reason.message)
         self.reason = reason
+
+
+VARLEN_KIND = Reason(
+    "varlen_kind", "Packed attention with a window, a length in use, or pages has no kernel."
+)

@@ -1,0 +1,211 @@
+"""Packed sequences on a GPU have the bits of each one alone; no host knows their lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torch_sage
+from tests.gpu.mma import MEMBERS, Member
+from tests.gpu.shared import OPS
+from tests.numerics import same_bits
+from tests.varlen import Packed, one_by_one, pack, starts
+from torch_sage import SageConfig
+
+# Tiles of 64 keys, blocks of 128 rows, and statistics of more than 4 chunks of 256 rows, which a
+# launch of its own adds up, meet their edges; 17,000 keys have chunks of more than 256.
+LENGTHS = {
+    "edges": ([0, 1, 63, 64, 65, 1000, 128], [1, 0, 64, 63, 129, 65, 1000]),
+    "one": ([300], [257]),
+    "chunks": ([40, 130, 7, 200], [1025, 1, 17000, 1300]),
+    "many": ([3 * i % 50 for i in range(1100)], [5 * i % 70 for i in range(1100)]),
+    "skewed": ([20000] + [30] * 50, [20000] + [30] * 50),
+}
+
+
+def assert_one_by_one(packed: Packed, causal: str, scale: float | None, recipe: Any) -> None:
+    expected, expected_lse = one_by_one(packed, causal, scale, **recipe)
+    output, lse = OPS.varlen_sdpa_with_lse(*packed, causal, scale, **recipe)
+    assert same_bits(output, expected)
+    assert same_bits(lse, expected_lse)
+    assert same_bits(OPS.varlen_sdpa(*packed, causal, scale, **recipe), expected)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_every_sequence_has_the_bits_of_a_call_alone(
+    lengths: str, causal: str, member: Member
+) -> None:
+    smooth = "qk" if member.qk == "int4" else "k"
+    packed = pack(*LENGTHS[lengths], device="cuda")
+    assert_one_by_one(packed, causal, None, member.recipe(smooth=smooth))
+
+
+@pytest.mark.parametrize("member", [MEMBERS[0], MEMBERS[4], MEMBERS[-1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["htd", "sliced", "fused"])
+@pytest.mark.parametrize(
+    ("granularity", "smooth", "dims"),
+    [
+        ("tensor", "qkv", (64, 64)),
+        ("block", "v", (128, 40)),
+        ("warp", "", (33, 128)),
+        ("tensor", "", (256, 256)),
+        ("thread", "qk", (200, 17)),
+    ],
+)
+def test_recipes_layouts_and_widths(
+    granularity: str,
+    smooth: str,
+    dims: tuple[int, int],
+    layout: str,
+    dtype: torch.dtype,
+    member: Member,
+) -> None:
+    queries, keys = LENGTHS["edges"]
+    if layout == "fused":
+        keys = queries
+    packed = pack(
+        queries,
+        keys,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        dtype=dtype,
+        layout=layout,
+        device="cuda",
+    )
+    assert_one_by_one(packed, "bottom_right", -0.1, member.recipe(granularity, smooth))
+
+
+def test_rows_that_no_sequence_has_are_zero() -> None:
+    recipe = MEMBERS[0].recipe()
+    packed = pack([100, 200, 70], [100, 200, 70], device="cuda")
+    inner = torch.tensor([100, 300], dtype=torch.int32, device="cuda")
+    output, lse = OPS.varlen_sdpa_with_lse(*packed[:3], inner, inner, 200, 200, **recipe)
+    whole, whole_lse = OPS.varlen_sdpa_with_lse(*packed, **recipe)
+    assert same_bits(output[100:300], whole[100:300])
+    assert same_bits(lse[:, 100:300], whole_lse[:, 100:300])
+    for outside in (slice(100), slice(300, 370)):
+        assert (output[outside] == 0).all() and (lse[:, outside] == -torch.inf).all()
+
+
+def test_what_is_longer_than_it_may_be_is_left_out() -> None:
+    recipe = MEMBERS[0].recipe()
+    packed = pack([300, 40], [300, 40], device="cuda")
+    output = OPS.varlen_sdpa(*packed[:5], 200, 200, **recipe)
+    short = [torch.cat([x[:200], x[300:]]) for x in packed[:3]]
+    edges = starts([200, 40], "cuda")
+    expected = OPS.varlen_sdpa(*short, edges, edges, 200, 200, **recipe)
+    assert same_bits(torch.cat([output[:200], output[300:]]), expected)
+    assert (output[200:300] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [
+        [0, 2**31 - 1, -(2**31), 5, 400],
+        [-7, 300, 10, 370, 370],
+        [370, 0, 370, 0, 370],
+        [2**30] * 5,
+        [-1] * 5,
+    ],
+)
+@pytest.mark.parametrize("member", [MEMBERS[0], MEMBERS[4]], ids=str)
+def test_lengths_that_make_no_sense_touch_no_other_memory(member: Member, edges: list[int]) -> None:
+    """What comes out is nobody's; compute-sanitizer sees what is read (tests/gpu/sanitize.py)."""
+    packed = pack([100, 200, 70], [100, 200, 70], device="cuda")
+    wrong = torch.tensor(edges, dtype=torch.int32, device="cuda")
+    for q_edges, k_edges in ((wrong, wrong), (packed.cu_seqlens_q.repeat(2)[:5], wrong)):
+        for granularity in ("thread", "tensor"):
+            recipe = member.recipe(granularity, "qkv")
+            OPS.varlen_sdpa_with_lse(*packed[:3], q_edges, k_edges, 370, 370, **recipe)
+    torch.cuda.synchronize()
+    right = OPS.varlen_sdpa(*packed, **member.recipe())
+    assert same_bits(right, one_by_one(packed, "none", **member.recipe())[0])
+
+
+@pytest.mark.parametrize("member", [MEMBERS[0], MEMBERS[4], MEMBERS[-1]], ids=str)
+def test_a_graph_is_replayed_with_other_lengths(member: Member) -> None:
+    recipe = member.recipe("tensor", "qkv")
+    tokens, count = 1500, 6
+    first = pack([250] * count, [250] * count, device="cuda")
+    inputs = first._replace(max_seqlen_q=tokens, max_seqlen_k=tokens)
+    OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
+    for lengths in ([1500, 0, 0, 0, 0, 0], [1, 2, 3, 1400, 90, 4], [65, 64, 63, 500, 408, 400]):
+        for edges in (inputs.cu_seqlens_q, inputs.cu_seqlens_k):
+            edges.copy_(starts(lengths))
+        for x in inputs[:3]:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        eager = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
+        alone = one_by_one(inputs, "bottom_right", **recipe)
+        for got, expected, other in zip(captured, eager, alone, strict=True):
+            assert same_bits(got, expected) and same_bits(got, other)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    packed = pack([1000] * 20, [1000] * 20, device="cuda")
+    recipe = MEMBERS[0].recipe("tensor", "qkv")
+    OPS.varlen_sdpa_with_lse(*packed, **recipe)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            OPS.varlen_sdpa_with_lse(*packed, **recipe)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda._sleep(200_000_000)
+        done = torch.cuda.Event()
+        OPS.varlen_sdpa(*packed, **recipe)
+        done.record()
+        assert not done.query()
+    torch.cuda.synchronize()
+
+
+def test_memory_is_that_of_the_tokens() -> None:
+    """One long sequence among short ones does not make those long."""
+    packed = pack([20000] + [30] * 50, [20000] + [30] * 50, device="cuda")
+    recipe = MEMBERS[0].recipe()
+    OPS.varlen_sdpa(*packed, **recipe)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    OPS.varlen_sdpa(*packed, **recipe)
+    inputs = sum(x.numel() * x.element_size() for x in packed[:3])
+    assert torch.cuda.max_memory_allocated() - before < 2 * inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_function_runs_the_default_recipe(dtype: torch.dtype) -> None:
+    packed = pack([300, 20], [300, 20], dtype=dtype, device="cuda")
+    result = torch_sage.varlen_attention(*packed, is_causal=True, return_lse=True)
+    pv = "fp16" if dtype == torch.float16 else "bf16"
+    recipe = {"qk": "int8", "granularity": "thread", "pv": pv, "smooth": "k"}
+    for got, expected in zip(result, one_by_one(packed, "top_left", **recipe), strict=True):
+        assert isinstance(got, Tensor) and same_bits(got, expected)
+
+
+def test_recipes_without_such_kernels_are_refused() -> None:
+    packed = pack([30], [30], device="cuda")
+    for granularity in ("token", "token_thread"):
+        with pytest.raises(NotImplementedError, match="granularity must be one of"):
+            torch_sage.varlen_attention(*packed, config=SageConfig(granularity=granularity))
+        with pytest.raises((RuntimeError, ValueError), match="granularity must be one of"):
+            OPS.varlen_sdpa(*packed, **{**MEMBERS[0].recipe(), "granularity": granularity})
+    with pytest.raises((RuntimeError, ValueError), match="cu_seqlens_k must be on cuda:0"):
+        OPS.varlen_sdpa(*packed[:4], packed.cu_seqlens_k.cpu(), 30, 30, **MEMBERS[0].recipe())
+
+
+@pytest.mark.parametrize("name", ["varlen_sdpa", "varlen_sdpa_with_lse"])
+def test_opcheck(name: str) -> None:
+    packed = pack([30, 70], [30, 70], device="cuda")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    op = getattr(OPS, name).default
+    torch.library.opcheck(op, packed, MEMBERS[0].recipe(), test_utils=tests)
