@@ -29,7 +29,7 @@ from torch_sage.inductor.producers.tables import (
     laid_out_weight,
 )
 from torch_sage.inductor.producers.terms import Expansion, Read, Term, nodes_of
-from torch_sage.inductor.producers.views import moves, through
+from torch_sage.inductor.producers.views import is_view, moves, source_of, through
 from torch_sage.ops.checks import Size, known
 
 # Computed by kernels that Inductor does not merge with what follows: their result is in memory.
@@ -43,7 +43,14 @@ _KERNELS = {
     aten.linear.default,
     aten.matmul.default,
 }
-_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+_ARITHMETIC = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.addcmul.default,
+    aten.div.Tensor,
+    aten.neg.default,
+}
 _SQUARES = {aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default}
 
 
@@ -82,6 +89,8 @@ class _Entry(NamedTuple):
 
 def recognized(operand: Value) -> Rotation | None:
     """Return how ``operand``, [B, H, N, D], was made by a rotation, None if it was not seen to."""
+    if not isinstance(tensor(operand).shape[3], int):
+        return None
     for source in _sources(operand):
         try:
             return _rotation(operand, source)
@@ -99,7 +108,11 @@ def _sources(operand: Value) -> list[Node]:
         if value in seen or not is_tensor(value):
             continue
         seen[value] = None
-        if not _is_in_memory(value) and (moves(value) or value.target in _ARITHMETIC):
+        if _is_in_memory(value):
+            continue
+        if is_view(value):
+            todo.append(source_of(value))
+        elif moves(value) or value.target in _ARITHMETIC:
             todo += tree_leaves((value.args, value.kwargs))
     # A table has fewer elements than Q or K of several heads; with one head, it is tried in vain.
     found = [

@@ -72,6 +72,7 @@ class Expansion:
         self.bases: dict[Value, None] = {}
         """Views of the source that were met, those nearest to the root first."""
         self._dependent = _descendants(source, root)
+        self._reciprocals: dict[Value, Planned] = {}
         self._steps = 0
 
     def depends(self, value: object) -> bool:
@@ -107,7 +108,10 @@ class Expansion:
         if value.target in _SUMS:
             return self._sum(value, index, lanes)
         if value.target is aten.mul.Tensor:
-            return self._product(value, index, lanes)
+            return self._product(value, (0, 1), index, lanes)
+        if value.target is aten.addcmul.default and bound_arguments(value)["value"] == 1:  # type: ignore[arg-type]
+            product = self._product(value, (1, 2), index, lanes)
+            return self._operand(value, 0, index, lanes) + product
         if value.target is aten.div.Tensor:
             factor = self._reciprocal(_argument(value, 1), index, lanes)
             return _products(self._operand(value, 0, index, lanes), [factor])
@@ -135,9 +139,11 @@ class Expansion:
         first, second = (self._operand(value, place, index, lanes) for place in (0, 1))
         return first + (second if _SUMS[value.target] == 1 else _negated(second))
 
-    def _product(self, value: Value, index: Index, lanes: tuple[int, ...]) -> list[Term]:
+    def _product(
+        self, value: Value, places: tuple[int, int], index: Index, lanes: tuple[int, ...]
+    ) -> list[Term]:
         if not tensor(value).dtype.is_complex:
-            factors = (self._operand(value, place, index, lanes) for place in (0, 1))
+            factors = (self._operand(value, place, index, lanes) for place in places)
             return _products(*factors)
         # The real part of a product is re re - im im, the imaginary one re im + im re.
         result: list[Term] = []
@@ -145,7 +151,7 @@ class Expansion:
             own = tuple(lanes[p] for p in positions)
             outer = picked(index[:-1], positions)
             parts = [(*outer, of_lanes([part] * len(own), 2)) for part in (0, 1)]
-            a, b = ([self._operand(value, place, p, own) for p in parts] for place in (0, 1))
+            a, b = ([self._operand(value, place, p, own) for p in parts] for place in places)
             if is_imaginary:
                 result += _products(a[0], b[1]) + _products(a[1], b[0])
             else:
@@ -154,9 +160,15 @@ class Expansion:
 
     def _reciprocal(self, divisor: Value, index: Index, lanes: tuple[int, ...]) -> Term:
         own = broadcast(index, tensor(divisor).shape)
+        while (parts := through(divisor, own, lanes)) is not None:
+            if len(parts) > 1:
+                raise Opaque
+            divisor, own, _ = parts[0]
         if not self.depends(divisor) or not is_uniform(own):
             raise Opaque
-        return Term(1, lanes, (Read(plan(aten.reciprocal.default, divisor), own),))
+        if divisor not in self._reciprocals:
+            self._reciprocals[divisor] = plan(aten.reciprocal.default, divisor)
+        return Term(1, lanes, (Read(self._reciprocals[divisor], own),))
 
     def _factor(self, value: Value, index: Index, lanes: tuple[int, ...]) -> Term:
         """Return a read of what depends on the source in any way, but not on the lane."""
