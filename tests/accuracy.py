@@ -86,6 +86,7 @@ ROWS: dict[str, dict[str, Any]] = {
     # On the CPU one mean is taken from all rows of Q in a head.
     "CPU default": recipe(CPU.qk, CPU.granularity, CPU.pv, CPU.smooth, smooth_block=SEQLEN),
     "int8 token, bf16, smooth k": recipe("int8", "token", "bf16", "k"),
+    "int8 token_block, bf16, smooth k": recipe("int8", "token_block", "bf16", "k"),
     "int8 block, bf16, smooth k": recipe("int8", "block", "bf16", "k"),
     "`i8f16` token": recipe("int8", "token", "fp16", "k"),
     "`i8f16` block": recipe("int8", "block", "fp16", "k"),
