@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.experimental import local_map
 
 import torch_sage.distributed
+from tests.cases import AttentionCase, make_inputs
 from tests.distributed.launch import launch
 from tests.distributed.sharded import (
     ALWAYS,
@@ -27,6 +28,7 @@ from tests.distributed.sharded import (
     operands,
     run_sharded,
 )
+from tests.rotary import RotaryCase, arguments
 from tests.varlen import pack
 from torch_sage import _extension, ops
 from torch_sage.recipes import SUPPORT
@@ -86,6 +88,29 @@ def packed_heads(mesh: DeviceMesh) -> list[str]:
     for result, expected in zip(results, plain, strict=True):
         same = torch.equal(result.full_tensor(), expected)
         found.append(str(list(result.placements)) if same else "differs")
+    return found
+
+
+def rotated_shards(mesh: DeviceMesh) -> dict[tuple[str, int], str]:
+    """Tables, weights and factors go where Q and K are, whatever dimensions they have."""
+    found = {}
+    inputs = make_inputs(AttentionCase(batch=2, heads_q=4, dtype="bf16"))
+    for case in (
+        RotaryCase(),
+        RotaryCase(norm="rstd", weight="channels", by_batch=True),
+        RotaryCase(norm="rstd_of_heads", weight="heads"),
+    ):
+        args = arguments(case, inputs)
+        plain = ops.rotary_sdpa(*args)
+        for axis in (0, 1):
+            placements = [Shard(axis)] * 3 + [Replicate()] * (len(args) - 3)
+            sharded = (
+                distribute_tensor(x, mesh, [p]) if isinstance(x, Tensor) else x
+                for x, p in zip(args, placements, strict=True)
+            )
+            result = ops.rotary_sdpa(*sharded)
+            same = torch.equal(result.full_tensor(), plain)
+            found[case.id, axis] = str(list(result.placements)) if same else "differs"
     return found
 
 
@@ -150,6 +175,7 @@ def work(rank: int, size: int, cache: str) -> dict[str, Any]:
             "heads": heads(mesh),
             "local_map": local_function(mesh),
             "packed": packed_heads(mesh),
+            "rotated": rotated_shards(mesh),
             "masks": masks(ops.sdpa, mesh, MASKS),
             "torch": masks(torch_sdpa, mesh, TORCH_MASKS),
             "torch, sharded mask": torch_sdpa_of_sharded_mask(mesh),
@@ -190,6 +216,11 @@ def test_heads_stay_sharded_where_those_of_keys_divide(found: dict[str, Any]) ->
         (6, 3): [lies(None)],
         (3, 3): [lies(1)],
     }
+
+
+def test_rotations_run_shard_by_shard(found: dict[str, Any]) -> None:
+    assert len(found["rotated"]) == 6
+    assert all(result == lies(axis) for (_, axis), result in found["rotated"].items())
 
 
 def test_packed_sequences_are_sharded_by_heads(found: dict[str, Any]) -> None:

@@ -89,6 +89,15 @@ def flux(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos[None, None] + turned.float() * sin[None, None]).to(x.dtype)
 
 
+def of_several_axes(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """As diffusers: some channels rotate by the row of a pixel, others by its column."""
+    cos, sin = (
+        torch.cat([f(at).repeat_interleave(2, -1) for at in (low, high)], -1)
+        for f in (torch.cos, torch.sin)
+    )
+    return flux(x, cos.float(), sin.float())
+
+
 def flux_matrices(x: Tensor, matrices: Tensor) -> Tensor:
     """As Black Forest Labs: [N, D / 2, 2, 2] has a matrix for every pair."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
@@ -152,6 +161,11 @@ SPELLINGS = {
     "gptj": Spelling(gptj, repeated, "neighbours"),
     "repeated in the graph": Spelling(repeated_in_the_graph, compact, "neighbours"),
     "flux": Spelling(flux, repeated, "neighbours"),
+    "of several axes": Spelling(
+        of_several_axes,
+        lambda: (angles(d=16).double(), angles(d=48).flip(0).double()),
+        "neighbours",
+    ),
     "flux, matrices": Spelling(flux_matrices, matrices, "neighbours"),
     "wan": Spelling(wan, repeated, "neighbours"),
     "complex": Spelling(complex_numbers, compact, "neighbours"),

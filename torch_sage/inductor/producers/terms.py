@@ -27,7 +27,14 @@ from torch_sage.inductor.graph_utils import (
     tensor,
 )
 from torch_sage.inductor.producers.index import Dim, Index, Opaque, is_uniform, of_lanes, picked
-from torch_sage.inductor.producers.views import Part, broadcast, is_view, source_of, through
+from torch_sage.inductor.producers.views import (
+    Part,
+    broadcast,
+    is_of_one,
+    is_view,
+    source_of,
+    through,
+)
 from torch_sage.ops.checks import Size
 
 # More reads than any rotation has; a graph that needs more is something else.
@@ -176,15 +183,19 @@ class Expansion:
         return Term(1, lanes, (Read(value, index),))
 
     def _coefficient(self, value: Value, index: Index, lanes: tuple[int, ...]) -> list[Term]:
-        """Return reads of the innermost tensor that is read along whole dimensions."""
+        """Return reads of the innermost tensor that is read along whole dimensions.
+
+        What is put together of several stays so: it may be the table that the op takes.
+        """
         if value.target is aten.neg.default:
             return _negated(self._coefficient(_argument(value, 0), index, lanes))
-        try:
-            parts = through(value, index, lanes) or []
-        except Opaque:
-            parts = []
-        if parts and all(map(self._is_plain, parts)):
-            return [term for part in parts for term in self._coefficient(*part)]
+        if is_of_one(value):
+            try:
+                (part,) = through(value, index, lanes) or (None,)
+            except Opaque:
+                part = None
+            if part is not None and self._is_plain(part):
+                return self._coefficient(*part)
         return [Term(1, lanes, (Read(value, index),))]
 
     def _is_plain(self, part: Part) -> bool:

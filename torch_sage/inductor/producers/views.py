@@ -50,14 +50,19 @@ def is_view(value: Value) -> bool:
     return value.target in _VIEWS
 
 
+def is_of_one(value: Value) -> bool:
+    """Return whether ``value`` has elements of one other tensor, and no others."""
+    return is_view(value) or value.target in _COPIES
+
+
 def moves(value: Value) -> bool:
     """Return whether ``value`` has the elements of other tensors, and no others."""
-    return is_view(value) or value.target in _COPIES or value.target in _CHOICES
+    return is_of_one(value) or value.target in _CHOICES
 
 
 def through(value: Value, index: Index, lanes: tuple[int, ...]) -> list[Part] | None:
     """Return what lanes of ``value`` at ``index`` are read from; None if it computes anything."""
-    if value.target in _COPIES or is_view(value):
+    if is_of_one(value):
         source = source_of(value)
         return [Part(source, _index_in_source(value, source, index, len(lanes)), lanes)]
     choose = _CHOICES.get(value.target)
