@@ -62,6 +62,7 @@ def compile_for(
         "stack": max(int(size) for size in re.findall(r"STACK:(\d+)", usage)),
         "registers": max(int(count) for count in re.findall(r"REG:(\d+)", usage)),
         "local": len(re.findall(r"\b(?:LDL|STL)\b", machine_code)),
+        "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", machine_code)),
         "instructions": Counter(MATRIX_INSTRUCTION.findall(machine_code)),
     }
 

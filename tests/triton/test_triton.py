@@ -57,6 +57,19 @@ def test_every_target_compiles_without_spills(compiled: list[dict[str, Any]]) ->
         assert kernel["local"] == 0, kernel
 
 
+def test_hopper_queues_the_products_of_a_tile(compiled: list[dict[str, Any]]) -> None:
+    """One wait for all of Q K^T and one for all of P V, in the loop with hidden keys and without.
+
+    If ptxas cannot keep the accumulators where they are, it waits for every instruction (C7515).
+    """
+    waits = [
+        kernel["waits"]
+        for kernel in compiled
+        if kernel["arch"] == 90 and kernel["name"].startswith("attention")
+    ]
+    assert waits == [4, 4, 4]
+
+
 def test_products_run_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     """INT8 for Q K^T and 16 bits for P V, by the instructions of each generation."""
     names = {
