@@ -18,6 +18,7 @@ OTHER = {
     "smooth_v": True,
     "exponential": "exact",
     "dispatch": "always",
+    "producers": "never",
     "on_unsupported": "error",
 }
 

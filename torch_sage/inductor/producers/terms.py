@@ -114,6 +114,9 @@ class Expansion:
             return _negated(self.terms(_argument(value, 0), index, lanes))
         if value.target in _SUMS:
             return self._sum(value, index, lanes)
+        if value.target is aten.mul.Tensor and value.args[1] in (1, -1):  # a number
+            terms = self._operand(value, 0, index, lanes)
+            return terms if value.args[1] == 1 else _negated(terms)
         if value.target is aten.mul.Tensor:
             return self._product(value, (0, 1), index, lanes)
         if value.target is aten.addcmul.default and bound_arguments(value)["value"] == 1:  # type: ignore[arg-type]
