@@ -42,7 +42,7 @@ _CPU = (Crossover(reuse=64, multiplications=9.4e6),)
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
 # without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
 #
-# CUDA: on an H100 the Triton kernels had 0.2 to 0.8 times the speed of torch's best backend
+# CUDA: on Hopper the Triton kernels had 0.5 to 0.9 times the speed of torch's best backend
 # (docs/kernels/triton.md). The kernels for compute capability 9.0 won by 1.03 to 1.6 times at all
 # sizes that their rule takes, and reached 0.3 to 0.6 times the speed of SDPA with a mask. Other
 # GPUs are not measured: what is not known to be faster does not run unless dispatch='always' asks
