@@ -204,12 +204,13 @@ def test_long_sequences_have_the_error_of_one_gpu(ranks: Any, is_causal: bool) -
     # Without the LSE a part of the exponentials is mixed.
     mixed = torch_sage.scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options)
     unsplit, unsplit_mixed = (relative_l1(x, exact.output) for x in (alone.output, mixed))
-    unsplit_lse = (alone.lse - exact.lse).abs().max()
+    # The mean: rows that see few keys have the error of a single score, whose largest is chance.
+    unsplit_lse = (alone.lse - exact.lse).abs().mean()
     for of_rank in ranks[1]:
         ring_output, lse, swapped = (x.cuda() for x in of_rank["long"][is_causal])
         for output, error in ((ring_output, unsplit), (swapped, unsplit_mixed)):
             assert error / 1.1 < relative_l1(output, exact.output) < 1.1 * error
-        assert (lse - exact.lse).abs().max() < 1.5 * unsplit_lse
+        assert (lse - exact.lse).abs().mean() < 1.1 * unsplit_lse
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
