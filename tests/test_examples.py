@@ -13,6 +13,7 @@ SPOKEN = {
     "sdpa_replacement": "relative L1 error, merged:",
     "torch_compile": "4 attention nodes rewritten, 0 skipped",
     "export_aoti": "1 attention nodes rewritten, 1 skipped",
+    "norms_and_rotations": "with norm and rotation",
     "per_module": "quantized: ['layer1', 'layer2']",
     "ring_attention": "all-to-all over 2",
 }

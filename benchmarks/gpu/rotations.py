@@ -82,11 +82,11 @@ def elements(kind: Kind, tokens: int) -> int:
     return (kind.heads + kind.heads_kv) * blocks.HEAD_DIM * tokens
 
 
-def least(records: Sequence[dict[str, Any]], must_gain: float = 1.0) -> dict[str, float]:
-    """Return from how many tokens, and elements, on no record gains less than ``must_gain``."""
-    found = {}
-    for size in ("tokens", "elements"):
-        losing = [r[size] for r in records if r["gain"] < must_gain]
-        winning = [r[size] for r in records if r[size] > max(losing, default=0)]
-        found[size] = min(winning, default=float("inf"))
+def faster(records: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Return at what numbers of tokens each kind gained anything."""
+    found: dict[str, list[int]] = {}
+    for record in records:
+        tokens = found.setdefault(record["kind"], [])
+        if record["gain"] > 1:
+            tokens.append(record["tokens"])
     return found

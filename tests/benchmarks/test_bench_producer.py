@@ -31,11 +31,10 @@ def test_launches_are_counted_by_name() -> None:
     assert bench_producer.launches([CODE, CODE]) == [norm, rotation, rotation] * 2
 
 
-def test_the_rule_leaves_out_every_loss() -> None:
-    gains = {(1024, 10): 0.9, (2048, 10): 0.97, (2048, 40): 1.02, (4096, 20): 1.0, (8192, 90): 1.1}
-    records = [{"tokens": t, "elements": e, "gain": gain} for (t, e), gain in gains.items()]
-    assert rotations.least(records) == {"tokens": 4096, "elements": 20}
-    assert rotations.least(records, 2.0) == {"tokens": float("inf"), "elements": float("inf")}
+def test_what_gains_is_listed_by_kind() -> None:
+    gains = {("a", 1024): 0.9, ("a", 2048): 1.02, ("a", 4096): 1.0, ("b", 1024): 0.99}
+    records = [{"kind": k, "tokens": n, "gain": gain} for (k, n), gain in gains.items()]
+    assert rotations.faster(records) == {"a": [2048], "b": []}
 
 
 @pytest.mark.parametrize("name", rotations.KINDS)

@@ -1,13 +1,16 @@
 """Calls of every instantiation of the CUDA kernels, small, for NVIDIA's compute-sanitizer:
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
-with racecheck, initcheck and synccheck. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own
-allocation, so that memcheck sees what lies behind it.
+with racecheck, initcheck and synccheck. Names of families (hopper, rotary, mma, packed) behind that
+leave out the others: racecheck takes some minutes for each. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives
+every tensor its own allocation, so that memcheck sees what lies behind it.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from tests.gpu.mma import MEMBERS
 from tests.gpu.shared import OPS
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 from tests.varlen import pack
+from torch_sage.ops.checks import PAIRINGS, ROTARY_HEAD_DIMS
 
 # Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
 # of V and two, and what needs padded copies.
@@ -82,16 +86,55 @@ def use(*results: Tensor) -> None:
             raise RuntimeError(f"results must be numbers, got {result}")
 
 
-def main() -> None:
-    """Run the list; more heads than multiprocessors let a block take a second piece of work."""
-    for shape, dtype, causal in itertools.product(SHAPES, DTYPES, CAUSAL):
-        call(shape, dtype, causal)
-    for shape, dtype, causal in itertools.product((*SHAPES, WIDE), DTYPES, CAUSAL):
-        call_mma(shape, dtype, causal)
-        call_packed(shape, dtype, causal)
+def call_rotary(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+    """Run what norms and rotates, which takes heads of 64 and 128 channels in 16 bits."""
+    n, m, d, dv = shape
+    if dtype is torch.float32 or d not in ROTARY_HEAD_DIMS:
+        return
+    q, k, v = (
+        torch.randn(1, heads, tokens, channels, device="cuda").to(dtype)
+        for heads, tokens, channels in ((6, n, d), (2, m, d), (2, m, dv))
+    )
+    weight = torch.rand(1, d, device="cuda").to(dtype)
+    tables = [
+        (torch.randn(1, x.shape[2], d, device="cuda"), torch.randn(1, x.shape[2], d, device="cuda"))
+        for x in (q, k)
+    ]
+    for pairing, eps in itertools.product(PAIRINGS, (None, 1e-6)):
+        of_query, of_key = ((*table, None, weight, eps) for table in tables)
+        operands = (q, k, v, *of_query, *of_key, None, causal)
+        recipe = {**RECIPE, "smooth": "kv", "exponential": "mixed"}
+        use(OPS.rotary_sdpa(*operands, pairing=pairing, **recipe))
+
+
+def call_many(causal: str) -> None:
+    """Run more heads than there are multiprocessors: a block takes a second piece of work."""
     many = torch.randn(2, 80, 130, 64, device="cuda").bfloat16()
-    for causal in CAUSAL:
-        use(OPS.sdpa(many, many, many, None, causal, **RECIPE, smooth="kv", exponential="mixed"))
+    use(OPS.sdpa(many, many, many, None, causal, **RECIPE, smooth="kv", exponential="mixed"))
+
+
+FAMILIES: dict[str, Callable[[tuple[int, int, int, int], torch.dtype, str], None]] = {
+    "hopper": call,
+    "rotary": call_rotary,
+    "mma": call_mma,
+    "packed": call_packed,
+}
+
+
+def main() -> None:
+    """Run the list of the families that are named, by default of all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="family", help=", ".join(FAMILIES))
+    families = parser.parse_args().families or [*FAMILIES]
+    if unknown := set(families) - set(FAMILIES):
+        parser.error(f"family must be one of {[*FAMILIES]}, got {sorted(unknown)}")
+    for family in families:
+        shapes = SHAPES if family in ("hopper", "rotary") else (*SHAPES, WIDE)
+        for shape, dtype, causal in itertools.product(shapes, DTYPES, CAUSAL):
+            FAMILIES[family](shape, dtype, causal)
+    if "hopper" in families:
+        for causal in CAUSAL:
+            call_many(causal)
     torch.cuda.synchronize()
     print("done")  # noqa: T201  # a script: what it is asked for
 

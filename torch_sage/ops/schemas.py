@@ -340,7 +340,7 @@ def require_rotations(
         [
             *checks.rotation_problems("query", query, *of_query),
             *checks.rotation_problems("key", key, *of_key),
-            *checks.rotary_problems(query, value, pairing),
+            *checks.rotary_problems(key, value, pairing),
         ]
     )
 

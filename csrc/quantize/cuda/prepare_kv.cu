@@ -53,22 +53,26 @@ __device__ __forceinline__ uint2 codes_of(const float (&x)[8]) {
                     pack_s8(x[4], x[5], pack_s8(x[6], x[7], 0)));
 }
 
+// Entries of the tables for 8 adjacent channels of a row.
+struct Angles {
+  float4 cos[2], sin[2];
+};
+__device__ __forceinline__ Angles angles_of(const Rotary& r, int batch, int token, int column) {
+  return {{entries(r.cos, batch, token, column), entries(r.cos, batch, token, column + 4)},
+          {entries(r.sin, batch, token, column), entries(r.sin, batch, token, column + 4)}};
+}
+
 // What comes of 8 adjacent channels of a row that is normed and rotated, the others of which are in
 // adjacent lanes.
 template <Pairing kPairing, int kWidth, typename Element>
-__device__ __forceinline__ void rotate(Vector8<Element>& x, const Rotary& r, int batch, int head,
-                                       int token, int column) {
+__device__ __forceinline__ void rotate(Vector8<Element>& x, const Rotary& r, const Angles& angles,
+                                       int batch, int head, int token, int column) {
   constexpr int kLanes = kWidth / 8;
   constexpr Dtype kDtype =
       std::is_same_v<Element, __nv_bfloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
-  float4 cos[2], sin[2];
   uint2 weight[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    cos[i] = entries(r.cos, batch, token, column + 4 * i);
-    sin[i] = entries(r.sin, batch, token, column + 4 * i);
-    weight[i] = weights<kDtype>(r, head, column + 4 * i);
-  }
+  for (int i = 0; i < 2; i++) weight[i] = weights<kDtype>(r, head, column + 4 * i);
   const float given = given_factor(r, batch, head, token);
   float squares = 0;
 #pragma unroll
@@ -78,7 +82,7 @@ __device__ __forceinline__ void rotate(Vector8<Element>& x, const Rotary& r, int
   const float factor = row_factor<kWidth>(r, squares, given);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float4 c = cos[i / 2], s = sin[i / 2];
+    const float4 c = angles.cos[i / 2], s = angles.sin[i / 2];
     const uint2 w = weight[i / 2];
     const float2 z = normed<kDtype>(x.words[i], factor, i % 2 ? w.y : w.x);
     float2 partner = z;
@@ -91,52 +95,62 @@ __device__ __forceinline__ void rotate(Vector8<Element>& x, const Rotary& r, int
   }
 }
 
-// Codes and scales of one block of a query's rows, which are normed and rotated first.
+// Heads whose rows a block of prepare_query has, to read the tables for them once, and those rows.
+constexpr int kQueryHeads = 4, kQueryRows = 64;
+static_assert(kQueryBlock % kQueryRows == 0);
+
+__host__ __device__ int query_blocks(const PrepareParams& p) {
+  return p.batch * ((p.query.heads + kQueryHeads - 1) / kQueryHeads) * p.query.blocks() *
+         (kQueryBlock / kQueryRows);
+}
+
+// Codes and scales of some rows of a query, which are normed and rotated first.
 template <Pairing kPairing, int kWidth, typename Element>
 __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index) {
   constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads / kLanes;
-  constexpr int kBatch = 3;  // rows of a thread that are on their way together
   const QueryParams& q = p.query;
-  const int head = index / q.blocks(), block = index % q.blocks();  // head counts batches, too
-  if (head >= p.batch * q.heads) return;
-  const int column = threadIdx.x % kLanes * 8, first_row = threadIdx.x / kLanes;
-  const int valid = min(kQueryBlock, q.seqlen - block * kQueryBlock);
-  const Element* rows = static_cast<const Element*>(q.query) + head / q.heads * q.rows.stride_b +
-                        head % q.heads * q.rows.stride_h +
-                        static_cast<int64_t>(block) * kQueryBlock * q.rows.stride_n + column;
-  int8_t* codes = q.prepared.codes + static_cast<int64_t>(index) * (kQueryBlock * kWidth);
-  float* scales = q.prepared.scales + static_cast<int64_t>(index) * kQueryBlock;
+  if (index >= query_blocks(p)) return;
+  // Blocks that run together share rows, and so the tables in the cache.
+  const int groups = (q.heads + kQueryHeads - 1) / kQueryHeads;
+  const int first_head = index % groups * kQueryHeads, batch = index / groups % p.batch;
+  const int first = index / groups / p.batch * kQueryRows;
+  const int column = threadIdx.x % kLanes * 8;
+  const Element* rows = static_cast<const Element*>(q.query) + batch * q.rows.stride_b + column;
+  const int64_t padded = static_cast<int64_t>(q.blocks()) * kQueryBlock;
 #pragma unroll 1
-  for (int batch = first_row; batch < kQueryBlock; batch += kBatch * kRowsAtOnce) {
-    Vector8<Element> x[kBatch];
+  for (int i = 0; i < kQueryRows / kRowsAtOnce; i++) {
+    const int row = first + i * kRowsAtOnce + threadIdx.x / kLanes;
+    const int token = min(row, q.seqlen - 1);
+    Vector8<Element> x[kQueryHeads];
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int row = batch + i * kRowsAtOnce;
-      x[i].load(rows + row * q.rows.stride_n, row < valid);
+    for (int h = 0; h < kQueryHeads; h++) {
+      const int head = min(first_head + h, q.heads - 1);
+      x[h].load(rows + head * q.rows.stride_h + token * q.rows.stride_n, true);
     }
+    const Angles angles = angles_of(q.rotary, batch, token, column);
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int row = batch + i * kRowsAtOnce;
-      rotate<kPairing, kWidth>(x[i], q.rotary, head / q.heads, head % q.heads,
-                               block * kQueryBlock + min(row, valid - 1), column);
+    for (int h = 0; h < kQueryHeads; h++) {
+      const int head = first_head + h;
+      if (head >= q.heads) break;
+      rotate<kPairing, kWidth>(x[h], q.rotary, angles, batch, head, token, column);
       uint32_t largest = 0;  // as integers, NaN is the largest
 #pragma unroll
-      for (int c = 0; c < 8; c++) largest = max(largest, __float_as_uint(fabsf(x[i][c])));
+      for (int c = 0; c < 8; c++) largest = max(largest, __float_as_uint(fabsf(x[h][c])));
 #pragma unroll
       for (int step = 1; step < kLanes; step *= 2)
         largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-      if (row >= valid) largest = 0;
-      const ScaleAndInverse scale = scale_and_inverse_127(__uint_as_float(largest));
-      const float inverse = q.scale < 0 ? -scale.inverse : scale.inverse;
-      if (column == 0) scales[row] = __fmul_rn(scale.scale, fabsf(q.scale) * kLog2E);
+      const bool is_inside = row < q.seqlen;
+      const ScaleAndInverse scale =
+          scale_and_inverse_127(is_inside ? __uint_as_float(largest) : 0.f);
+      const float inverse = !is_inside ? 0.f : q.scale < 0 ? -scale.inverse : scale.inverse;
       float scaled[8];
 #pragma unroll
-      for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[i][c], inverse);
-      uint2 eight = codes_of(scaled);
-      if (row >= valid) eight = make_uint2(0, 0);
-      *reinterpret_cast<uint2*>(codes + row * kWidth +
+      for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[h][c], inverse);
+      const int64_t at = (static_cast<int64_t>(batch) * q.heads + head) * padded + row;
+      if (column == 0) q.prepared.scales[at] = __fmul_rn(scale.scale, fabsf(q.scale) * kLog2E);
+      *reinterpret_cast<uint2*>(q.prepared.codes + at * kWidth +
                                 sm90::swizzled<kWidth>(column / 16, row) * 16 + column % 16) =
-          eight;
+          codes_of(scaled);
     }
   }
 }
@@ -215,8 +229,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   // Another block's shared memory may be written to once that block runs.
   auto started = cluster.barrier_arrive();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int seqlen = p.kv.seqlen, blocks = static_cast<int>(p.kv.groups()) * kBlocks;
-  const int head = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int seqlen = p.kv.seqlen;
+  // Of all heads the same tokens first, which share the tables and may lie side by side.
+  const int heads = p.batch * p.heads, head = blockIdx.x / kBlocks % heads;
+  const int block = blockIdx.x / kBlocks / heads * kBlocks + blockIdx.x % kBlocks;
   const int first = block * kTokens;  // token of the block
   const int valid = min(kTokens, seqlen - first);
   const int64_t tiles = p.kv.tiles();
@@ -235,9 +251,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
               key_column < p.head_dim && row < valid);
   }
   const auto rotate_key = [&](Vector8<Element>& x, int token) {
-    if constexpr (kPairing != Pairing::kNone)
-      rotate<kPairing, kWidth>(x, p.key_rotary, head / p.heads, head % p.heads,
-                               min(token, seqlen - 1), key_column);
+    if constexpr (kPairing != Pairing::kNone) {
+      const int batch = head / p.heads, inside = min(token, seqlen - 1);
+      const Angles angles = angles_of(p.key_rotary, batch, inside, key_column);
+      rotate<kPairing, kWidth>(x, p.key_rotary, angles, batch, head % p.heads, inside, key_column);
+    }
   };
   // V: a thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
   // the four codes of a channel are adjacent in the image. 16 lanes have the 64 tokens of a panel.
@@ -453,8 +471,7 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
   int64_t grid = p.kv.groups() * kBlocks<kWidth> * p.batch * p.heads;
   if (kPairing != Pairing::kNone) {
     constexpr int kCluster = kBlocks<kWidth>;
-    const int64_t of_query = static_cast<int64_t>(p.batch) * p.query.heads * p.query.blocks();
-    grid += (of_query + kCluster - 1) / kCluster * kCluster;
+    grid += (query_blocks(p) + kCluster - 1) / kCluster * kCluster;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from torch_sage.config import SageConfig
-from torch_sage.fusion import is_faster
+from torch_sage.fusion import FUSED, is_faster
 from torch_sage.inductor.graph_utils import Planned, is_tensor, plan, tensor
 from torch_sage.inductor.patterns.match import Match
 from torch_sage.inductor.producers.index import Opaque
@@ -41,12 +41,15 @@ def fused(
     """
     if row not in ROTARY or (row == "cpu" and not has_python):
         return None
-    query, key = tensor(found.query), tensor(found.key)
-    if not is_faster(config.producers, row, query, key):
+    is_measured = config.producers == "measured"
+    if config.producers == "never" or (is_measured and not FUSED[row]):
         return None
     rotations = [recognized(operand) for operand in (found.query, found.key)]
     of_query, of_key = rotations
     if of_query is None or of_key is None or of_query.pairing != of_key.pairing:
+        return None
+    query, key = tensor(found.query), tensor(found.key)
+    if is_measured and not is_faster(row, query, key, of_query.pairing, _norm(of_query, of_key)):
         return None
     if not _frees(found, (of_query, of_key)):
         return None
@@ -54,7 +57,7 @@ def fused(
         given = [_arguments(rotation, tables) for rotation in (of_query, of_key)]
     except Opaque:
         return None
-    if any(rotary_problems(query, tensor(found.value), of_query.pairing)):
+    if any(rotary_problems(key, tensor(found.value), of_query.pairing)):
         return None
     for name, rotation, arguments in zip(("query", "key"), (of_query, of_key), given, strict=True):
         fakes: list[Any] = [tensor(a) if is_tensor(a) else a for a in arguments]
@@ -81,6 +84,14 @@ def fused(
 def _arguments(rotation: Rotation, tables: Tables) -> tuple[Any, ...]:
     cos, sin = (tables.table(*t, rotation.pairing) for t in (rotation.cos, rotation.sin))
     return cos, sin, rotation.rstd, rotation.weight, rotation.eps
+
+
+def _norm(*rotations: Rotation) -> str:
+    """Return how Q and K are normed, in the terms of the rule."""
+    names = {
+        "eps" if r.eps is not None else "rstd" if r.rstd is not None else "" for r in rotations
+    }
+    return names.pop() if len(names) == 1 else "different"
 
 
 def _described(*rotations: Rotation) -> str:

@@ -150,7 +150,8 @@ def is_uniform(index: Index) -> bool:
 def gathered(lanes: Sequence[tuple[Index, int]]) -> Index:
     """Return one index whose lanes read what (index, lane) pairs do; all of one form."""
     form = lanes[0][0]
-    if not all(same_form(form, index) for index, _ in lanes):
+    others = {id(index): index for index, _ in lanes}.values()
+    if not all(same_form(form, index) for index in others):
         raise Opaque
     return tuple(
         tuple(

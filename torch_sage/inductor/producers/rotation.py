@@ -148,8 +148,8 @@ def _rotation(operand: Value, source: Node) -> Rotation:
     weights: dict[int, _Entry] = {}
     partners: dict[int, int] = {}
     for term, part in zip(terms, parts, strict=True):
-        for position, lane in enumerate(term.lanes):
-            channel = channels.of(part.source, position)
+        sources = channels.of(part.source, len(term.lanes))
+        for position, (lane, channel) in enumerate(zip(term.lanes, sources, strict=True)):
             entry = _Entry(term.sign, part.table, position)
             if (own if channel == lane else other).setdefault(lane, entry) is not entry:
                 raise Opaque
@@ -224,11 +224,12 @@ class _Channels(NamedTuple):
     form: Index
     numbers: dict[tuple[int, ...], int]
 
-    def of(self, read: Read, position: int) -> int:
-        found = self.numbers.get(offsets_of(read.at, position))
-        if found is None or not same_form(read.at, self.form):
+    def of(self, read: Read, lanes: int) -> list[int]:
+        """Return the channel that each lane reads."""
+        found = [self.numbers.get(offsets_of(read.at, lane)) for lane in range(lanes)]
+        if None in found or not same_form(read.at, self.form):
             raise Opaque
-        return found
+        return [channel for channel in found if channel is not None]
 
 
 def _base(expansion: Expansion, read: Read, head_dim: int) -> tuple[Value, _Channels]:
@@ -245,7 +246,7 @@ def _base(expansion: Expansion, read: Read, head_dim: int) -> tuple[Value, _Chan
             numbers = {offsets_of(index, lane): lane for lane in range(head_dim)}
             channels = _Channels(index, numbers)
             try:
-                channels.of(read, 0)
+                channels.of(read, 1)
             except Opaque:
                 continue
             return laid_out(Read(base, form), (*"bhn", LANE)), channels
@@ -331,9 +332,8 @@ def _eps(expansion: Expansion, factor: Read, channels: _Channels, head_dim: int)
         for term in terms:
             if term.sign != 1 or [read.value for read in term.reads] != [expansion.source]:
                 return None
-            for position, lane in enumerate(term.lanes):
-                if channels.of(term.reads[0], position) != lane:
-                    return None
+            if channels.of(term.reads[0], len(term.lanes)) != [*term.lanes]:
+                return None
     except Opaque:
         return None
     return float(eps) if sum(len(term.lanes) for term in terms) == head_dim else None
