@@ -89,6 +89,8 @@ struct KeysAndValues {
     params.pv = recipe.pv;
     params.kv.seqlen = static_cast<int>(seqlen);
     params.kv.packed = packed;
+    params.kv.tiles = packed.starts != nullptr ? packed.units(mma::kKeys)
+                                               : (seqlen + mma::kKeys - 1) / mma::kKeys;
     params.kv.width = static_cast<int>(width_of(head_dim, head_dim_v));
     params.kv.is_int4 = recipe.is_int4;
   }
@@ -98,7 +100,7 @@ struct KeysAndValues {
   int64_t sequences() const {
     return params.kv.packed.starts != nullptr ? params.kv.packed.count : key.batch;
   }
-  int64_t padded() const { return params.kv.tiles() * mma::kKeys; }
+  int64_t padded() const { return params.kv.tiles * mma::kKeys; }
   int64_t key_bytes() const { return heads() * padded() * params.kv.row_bytes(); }
   int64_t value_bytes() const {
     return heads() * params.kv.width * (is_e4m3(recipe.pv) ? padded() : 2 * seqlen);
@@ -132,7 +134,7 @@ uint32_t* place(KeysAndValues& kv, int64_t heads_q, Arena& arena) {
   auto& view = kv.params.kv;
   const bool has_value = !kv.takes_value_as_it_is();
   view.key_codes = arena.take<uint8_t>(true, kv.key_bytes());
-  view.key_scales = arena.take<float>(true, kv.heads() * view.tiles() * 4 * 4);
+  view.key_scales = arena.take<float>(true, kv.heads() * view.tiles * 4 * 4);
   view.key_mean =
       arena.take<float>(kv.recipe.smooth.key, kv.sequences() * kv.key.heads * kv.head_dim * 4);
   view.value_codes = arena.take<uint8_t>(has_value, kv.value_bytes());
@@ -324,7 +326,7 @@ Prepared mma_prepare_kv(const Tensor& key, const Tensor& value, const Text& qk,
     return new_tensor(sizes, dtype, key.device());
   };
   const Prepared tensors{make({k.batch, k.heads, kv.padded(), view.row_bytes()}, ScalarType::Byte),
-                         make({k.batch, k.heads, view.tiles(), 4}, ScalarType::Float),
+                         make({k.batch, k.heads, view.tiles, 4}, ScalarType::Float),
                          make({k.batch, k.heads, k.columns}, ScalarType::Float),
                          is_e4m3(kv.recipe.pv)
                              ? make({k.batch, k.heads, width, kv.padded()}, ScalarType::Byte)

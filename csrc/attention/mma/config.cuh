@@ -7,7 +7,7 @@ namespace torch_sage::mma {
 
 constexpr int kRows = 128;  // query rows of a block
 constexpr int kKeyColumns = kKeys / 8;
-constexpr int kSequenceBytes = 32;
+constexpr int kSequenceBytes = 64;
 constexpr int kParts = 3;  // 16-bit numbers whose sum is an element of a mean of Q
 
 // kWidth: head_dim, zero-padded.

@@ -42,27 +42,26 @@ class Warp {
  public:
   __device__ __forceinline__ Warp(const AttentionParams& p, uint8_t* shared)
       : p_(p), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
-    const Sequence s = is_packed() ? packed_sequence(p) : sequence_of_batch(p);
-    // Registers are few, and few of these are needed again.
-    if (threadIdx.x == 0) *reinterpret_cast<Sequence*>(shared + C::kSequenceAt) = s;
+    Sequence s = is_packed() ? packed_sequence(p) : sequence_of_batch(p);
     const int key_head = s.head / (p.heads_q / p.heads_kv);
-    key_head_ = static_cast<int64_t>(s.index) * p.heads_kv + key_head;
     // Where they are packed, all sequences share the rows of a head.
-    const int64_t rows_of_head = is_packed() ? key_head : key_head_;
-    const int64_t first_tile = rows_of_head * p.kv.tiles() + s.first_tile(is_packed());
+    const int64_t rows_of_head = is_packed() ? key_head : head_of_keys(s);
+    const int64_t first_tile = rows_of_head * p.kv.tiles + s.first_tile(is_packed());
     key_codes_ = p.kv.key_codes + first_tile * (kKeys * C::kCodeBytes);
     key_scales_ = p.kv.key_scales + first_tile * 4 + lane_ % 4;
     const auto key_row = [&](const Rows& rows) {
       return s.index * rows.stride_b + key_head * rows.stride_h + s.key_start * rows.stride_n;
     };
     if (p.key != nullptr)
-      key_rows_ = static_cast<const char*>(p.key) + key_row(p.key_rows) * (is_wide() ? 4 : 2);
+      s.key_rows = static_cast<const char*>(p.key) + key_row(p.key_rows) * (is_wide() ? 4 : 2);
     if constexpr (C::kIsE4m3) {
       values_ = static_cast<const uint8_t*>(p.kv.value_codes) +
-                (rows_of_head * C::kWidth * p.kv.tiles() + s.first_tile(is_packed())) * kKeys;
+                (rows_of_head * C::kWidth * p.kv.tiles + s.first_tile(is_packed())) * kKeys;
     } else {
       values_ = p.value + key_row(p.value_rows);
     }
+    // Registers are few, and few of these are needed again.
+    if (threadIdx.x == 0) *reinterpret_cast<Sequence*>(shared + C::kSequenceAt) = s;
     tiles_ = s.tiles();
     // Where sequences are packed, rows that see no key have their result already.
     has_work_ = s.first_row >= 0 && s.first_row < s.seqlen_q && (tiles_ > 0 || !is_packed());
@@ -102,7 +101,7 @@ class Warp {
       const float factor = query_scale_ * key_scale * kCodesScale;
       float scores[C::kRowTiles][kKeyColumns][4];
       convert<C>(sums, scores);
-      const bool is_masked = C::kHasMask || (tile + 1) * kKeys > sequence().first_hidden_key();
+      const bool is_masked = C::kHasMask || (tile + 1) * kKeys > sequence().first_hidden_key;
       const bool wants_sum = C::kIsE4m3 || p_.lse != nullptr;
       if (p_.key == nullptr && !is_masked) {
         softmax_.template update<false>(scores, factor, wants_sum);
@@ -144,6 +143,11 @@ class Warp {
     return shared_address(shared_) + offset;
   }
 
+  // Of what each sequence has one per head of.
+  __device__ __forceinline__ int64_t head_of_keys(const Sequence& s) const {
+    return static_cast<int64_t>(s.index) * p_.heads_kv + s.head / (p_.heads_q / p_.heads_kv);
+  }
+
   // Of element [b, h, 0, 0], in bytes.
   __device__ __forceinline__ const char* mask_of_head() const {
     const int bytes = p_.mask_kind == MaskKind::kBool      ? 1
@@ -162,7 +166,7 @@ class Warp {
       from += Chunks::kStep * C::kCodeBytes;
     });
     if (p_.key != nullptr && corrects_by_tensor_cores())
-      fetch_halves(smooth_at() + C::kRawAt, reinterpret_cast<const uint16_t*>(key_rows_),
+      fetch_halves(smooth_at() + C::kRawAt, reinterpret_cast<const uint16_t*>(sequence().key_rows),
                    p_.key_rows.stride_n, p_.key_columns, tile);
   }
 
@@ -182,18 +186,18 @@ class Warp {
                                    sequence().seqlen_k - tile * kKeys);
     };
     if (is_wide()) {
-      directly(reinterpret_cast<const float*>(key_rows_));
+      directly(reinterpret_cast<const float*>(sequence().key_rows));
     } else if (is_bf16) {
-      directly(reinterpret_cast<const __nv_bfloat16*>(key_rows_));
+      directly(reinterpret_cast<const __nv_bfloat16*>(sequence().key_rows));
     } else {
-      directly(reinterpret_cast<const __half*>(key_rows_));
+      directly(reinterpret_cast<const __half*>(sequence().key_rows));
     }
   }
 
   __device__ __forceinline__ void fetch_values(int tile) const {
     if constexpr (C::kIsE4m3) {
       using Chunks = mma::Chunks<C::kThreads, C::kWidth, kKeys>;
-      const int64_t row_bytes = p_.kv.tiles() * kKeys;
+      const int64_t row_bytes = p_.kv.tiles * kKeys;
       const uint8_t* from =
           values_ + tile * kKeys + Chunks::first_row() * row_bytes + Chunks::chunk() * 16;
       Chunks::for_rows(at(C::kValueAt), [&](uint32_t to, int) {
@@ -224,8 +228,9 @@ class Warp {
     const Sequence s = sequence();
     const int64_t first = s.index * p_.query_rows.stride_b + s.head * p_.query_rows.stride_h +
                           (s.query_start + s.first_row) * p_.query_rows.stride_n;
-    const float* key_mean =
-        p_.kv.key_mean == nullptr ? nullptr : p_.kv.key_mean + key_head_ * p_.key_mean_columns;
+    const float* key_mean = p_.kv.key_mean == nullptr
+                                ? nullptr
+                                : p_.kv.key_mean + head_of_keys(s) * p_.key_mean_columns;
     QueryRows rows{};
     rows.first = static_cast<const char*>(p_.query) + first * (is_wide() ? 4 : 2);
     rows.valid = min(kRows, s.seqlen_q - s.first_row);
@@ -383,10 +388,10 @@ class Warp {
     }
   }
 
-  // Or ptxas starts the products of all columns before it flushes the first, for which 256 channels
+  // Or ptxas starts the products of all columns before it flushes the first, for which 128 channels
   // leave no registers.
   __device__ __forceinline__ static void hold_back(int columns) {
-    if (C::kWidth == 256 && columns % 8 == 0) __syncwarp();
+    if (C::kWidth >= 128 && columns % 8 == 0) __syncwarp();
   }
 
   __device__ __forceinline__ static void multiply_halves(float (&sums)[4], const uint32_t (&a)[4],
@@ -450,10 +455,9 @@ class Warp {
   }
 
   __device__ __forceinline__ void write() const {
-    const float* scales =
-        p_.kv.value_scales == nullptr ? nullptr : p_.kv.value_scales + key_head_ * C::kWidth;
-    const float* mean =
-        p_.kv.value_mean == nullptr ? nullptr : p_.kv.value_mean + key_head_ * C::kWidth;
+    const int64_t channels = head_of_keys(sequence()) * C::kWidth;
+    const float* scales = p_.kv.value_scales == nullptr ? nullptr : p_.kv.value_scales + channels;
+    const float* mean = p_.kv.value_mean == nullptr ? nullptr : p_.kv.value_mean + channels;
     const float* shifts = reinterpret_cast<const float*>(shared_ + C::kShiftAt);
     const int quad = lane_ % 4;
 #pragma unroll
@@ -504,10 +508,8 @@ class Warp {
   const int lane_, warp_;
   int tiles_;
   bool has_work_;
-  int64_t key_head_;
   const uint8_t* key_codes_;
   const float* key_scales_;  // of the lane's keys in tile 0
-  const char* key_rows_;     // of K itself
   const std::conditional_t<C::kIsE4m3, uint8_t, uint16_t>* values_;
   float query_scale_;
   Correction<C> correction_;

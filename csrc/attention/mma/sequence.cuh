@@ -13,10 +13,11 @@ struct Sequence {
   int first_row;  // of the block, in the sequence
   int seqlen_q, seqlen_k, last_key_offset;
   int query_start, key_start;  // rows of the tensors before the sequence
+  int first_hidden_key;        // the keys before it every row of the block sees
+  const char* key_rows;        // of K itself, where the kernel reads it
 
-  // The keys before this one every row of the block sees.
-  __device__ __forceinline__ int first_hidden_key() const {
-    return min(seqlen_k, first_row + last_key_offset + 1);
+  __device__ __forceinline__ void set_first_hidden_key() {
+    first_hidden_key = min(seqlen_k, first_row + last_key_offset + 1);
   }
   // The number of keys that some row sees begins with these tiles.
   __device__ __forceinline__ int tiles() const {
@@ -30,7 +31,7 @@ struct Sequence {
   }
 };
 
-static_assert(sizeof(Sequence) == kSequenceBytes);
+static_assert(sizeof(Sequence) <= kSequenceBytes);
 
 __device__ __forceinline__ Sequence sequence_of_batch(const AttentionParams& p) {
   Sequence s{};
@@ -43,6 +44,7 @@ __device__ __forceinline__ Sequence sequence_of_batch(const AttentionParams& p) 
   s.seqlen_q = p.seqlen_q;
   s.seqlen_k = p.kv.seqlen;
   s.last_key_offset = p.last_key_offset;
+  s.set_first_hidden_key();
   return s;
 }
 
@@ -61,6 +63,7 @@ __device__ __forceinline__ Sequence packed_sequence(const AttentionParams& p) {
   s.last_key_offset = last_key_offset(p.causal, queries.length, keys.length);
   s.query_start = queries.first;
   s.key_start = keys.first;
+  s.set_first_hidden_key();
   return s;
 }
 

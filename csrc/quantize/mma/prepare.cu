@@ -143,7 +143,7 @@ __device__ __forceinline__ void quantize_key(const PrepareParams& p, const Plan&
     }
   }
   __syncthreads();
-  const int64_t first_tile = place.row * p.kv.tiles() + place.first_tile;
+  const int64_t first_tile = place.row * p.kv.tiles + place.first_tile;
   if (thread < kTiles * 4) {
     const int tile = thread / 4;
     uint32_t bits = has_one_scale ? head_amax : amax_of[tile][thread % 4];
@@ -264,7 +264,7 @@ __device__ __forceinline__ void transpose_value(const PrepareParams& p, const Pl
   read_channels(p, plan, place, mean_of, inverse_of);
   if (tile >= place.valid_tiles) return;
 
-  const int64_t row_bytes = p.kv.tiles() * kKeys;
+  const int64_t row_bytes = p.kv.tiles * kKeys;
   uint8_t* codes = static_cast<uint8_t*>(p.kv.value_codes) + place.row * row_bytes * kWidth +
                    (place.first_tile + tile) * kKeys + quad * 4;
 #pragma unroll

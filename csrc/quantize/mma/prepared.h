@@ -38,6 +38,7 @@ enum class Granularity { kThread, kWarp, kBlock, kTensor };
 struct PreparedKv {
   int seqlen;  // packed: rows of all sequences
   Packed packed;
+  int64_t tiles;  // of a head
   int width;
   bool is_int4;
   // [64 * tiles, row_bytes]: INT4 codes two to a byte, the lower channel in the lower nibble. Zero
@@ -52,10 +53,6 @@ struct PreparedKv {
   float* value_scales;  // [width]; null where value_codes are; NaN: the channel is not finite
   float* value_mean;    // [width]; null: V is not smoothed
 
-  __host__ __device__ int64_t tiles() const {
-    return packed.starts != nullptr ? packed.units(kKeys)
-                                    : (static_cast<int64_t>(seqlen) + kKeys - 1) / kKeys;
-  }
   __host__ __device__ int row_bytes() const { return is_int4 ? width / 2 : width; }
 };
 
