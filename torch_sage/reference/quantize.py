@@ -22,8 +22,8 @@ E4M3_RANGES = {"e4m3": (448.0, 448.0), "e4m3_fp16": (112.0, 9.0)}
 
 FP16_FORMATS = ("fp16", "fp16_fp16")  # they differ in the accumulator
 
-# Granularities "token_thread" and "token_block": Q as "token", K as "thread" or "block" in blocks of
-# so many rows.
+# Granularities "token_thread" and "token_block": Q as "token", K as "thread" or "block" in blocks
+# of so many rows.
 TOKEN_BLOCK = 128
 
 # R3: an all-zero group still has a scale > 0, and scale and inverse stay normal numbers.
