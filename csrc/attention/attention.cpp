@@ -81,12 +81,6 @@ struct Destination {
   Destination(void* output, const Rows& rows, float* lse) : output(output), rows(rows), lse(lse) {}
 };
 
-Result new_result(const FloatOperand& q, int64_t head_dim_v, const Request& request) {
-  Result result{new_output(q, head_dim_v, request.output_order), std::nullopt};
-  if (request.wants_lse) result.lse = new_tensor({q.batch, q.heads, q.rows}, ScalarType::Float);
-  return result;
-}
-
 void attend(const FloatOperand& q, const Query& query, const Keys& keys, const Values& values,
             const Request& request, const Destination& to) {
   CpuAttentionParams params{};

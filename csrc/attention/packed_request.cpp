@@ -13,15 +13,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxRows = 1 << 30;  // row numbers and their differences are 32-bit
-
 // [rows, heads, columns] as the operands of other ops lie.
 Tensor as_batch(const char* name, const Tensor& tensor, const Device& device) {
   check(tensor.defined(), name, " must be a tensor, got None");
   check(tensor.dim() == 3, name, " must be 3-D [tokens, heads, head_dim], got ",
         Shape{tensor.sizes()});
-  check(tensor.size(0) <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ",
-        tensor.size(0));
+  check_rows(name, tensor.size(0));
   check_memory(name, tensor, device);  // or torch would refuse it, without a name
   return torch::stable::unsqueeze(torch::stable::transpose(tensor, 0, 1), 0);
 }

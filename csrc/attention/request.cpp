@@ -52,6 +52,11 @@ Request read_request(const Text& causal, std::optional<double> scale, bool wants
   return read_request(kNoMask, causal, scale, Text("bhsd"), wants_lse);
 }
 
+void check_rows(const char* name, int64_t rows) {
+  constexpr int64_t kMostRows = 1 << 30;  // row numbers and their differences have 32 bits
+  check(rows <= kMostRows, name, " must have at most ", kMostRows, " tokens, got ", rows);
+}
+
 double softmax_scale(const FloatOperand& q, const Request& request) {
   return request.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.columns)));
 }
@@ -72,6 +77,8 @@ Operands read_operands(const Tensor& query, const Tensor& key, const Tensor& val
   return {q, k, v};
 }
 
+namespace {
+
 Tensor new_output(const FloatOperand& query, int64_t head_dim_v, OutputOrder order) {
   const auto& q = query;
   const ScalarType dtype = scalar_type(q.dtype);
@@ -82,6 +89,17 @@ Tensor new_output(const FloatOperand& query, int64_t head_dim_v, OutputOrder ord
   const std::array<int64_t, 4> strides = {rows * heads * head_dim_v, head_dim_v, heads * head_dim_v,
                                           1};
   return new_strided({q.batch, q.heads, q.rows, head_dim_v}, strides.data(), dtype, device);
+}
+
+}  // namespace
+
+Result new_result(const FloatOperand& query, int64_t head_dim_v, const Request& request) {
+  Result result{new_output(query, head_dim_v, request.output_order), std::nullopt};
+  if (request.wants_lse) {
+    result.lse = new_tensor({query.batch, query.heads, query.rows}, ScalarType::Float,
+                            query.tensor.device());
+  }
+  return result;
 }
 
 }  // namespace torch_sage

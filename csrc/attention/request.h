@@ -35,6 +35,8 @@ Request read_request(const Text& causal, std::optional<double> scale, bool wants
 Operands read_operands(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
                        const torch::stable::Tensor& value, const Device& device);
 
+// Throws std::invalid_argument if `rows` of argument `name` are more than 32 bits can number.
+void check_rows(const char* name, int64_t rows);
 void check_heads(int64_t heads_q, int64_t heads_kv, const char* key);
 void check_same(const char* name, const char* what, const char* other, int64_t expected,
                 int64_t got);
@@ -54,7 +56,8 @@ torch::headeronly::ScalarType scalar_type(Dtype dtype);
 
 double softmax_scale(const FloatOperand& query, const Request& request);
 
-// The uninitialised output [b, h_q, n, head_dim_v] in the dtype of `query` and the order asked for.
-torch::stable::Tensor new_output(const FloatOperand& query, int64_t head_dim_v, OutputOrder order);
+// The uninitialised output [b, h_q, n, head_dim_v], in the dtype of `query` and the order asked
+// for, and, if wanted, LSE [b, h_q, n].
+Result new_result(const FloatOperand& query, int64_t head_dim_v, const Request& request);
 
 }  // namespace torch_sage

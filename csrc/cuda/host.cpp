@@ -4,18 +4,7 @@
 
 #include <limits>
 
-#include "common/check.h"
-
 namespace torch_sage::cuda {
-
-using torch::headeronly::ScalarType;
-
-// Row numbers and their differences are 32-bit in the kernels.
-constexpr int64_t kMaxRows = 1 << 30;
-
-void check_rows(const char* name, int64_t rows) {
-  check(rows <= kMaxRows, name, " must have at most ", kMaxRows, " tokens, got ", rows);
-}
 
 FloatOperand vectorized(const FloatOperand& x) {
   const int64_t per_load = 16 / x.element_bytes;
@@ -42,11 +31,7 @@ FloatOperand vectorized(const FloatOperand& x) {
 NewResult new_result(const FloatOperand& query, int64_t seqlen_k, int64_t head_dim_v,
                      const Request& request) {
   check_rows("query", query.rows);
-  Result result{new_output(query, head_dim_v, request.output_order), std::nullopt};
-  if (request.wants_lse) {
-    result.lse = new_tensor({query.batch, query.heads, query.rows}, ScalarType::Float,
-                            query.tensor.device());
-  }
+  Result result = torch_sage::new_result(query, head_dim_v, request);
   if (query.batch == 0 || query.heads == 0 || query.rows == 0) return {result, true};
   if (seqlen_k > 0) return {result, false};
   torch::stable::zero_(result.output);

@@ -7,9 +7,6 @@ namespace torch_sage::cuda {
 
 using torch::stable::Tensor;
 
-// Throws std::invalid_argument if `rows` of argument `name` are more than a kernel can number.
-void check_rows(const char* name, int64_t rows);
-
 // The same rows where vector loads of 8 elements can read them; a zero-padded copy where not.
 FloatOperand vectorized(const FloatOperand& x);
 

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "common/check.h"
 #include "common/types.h"
 
@@ -64,7 +66,7 @@ Rotation read_rotation(const std::string& name, const FloatOperand& x, const Ten
     result.view.rstd_stride_h = stride_of(table, 1);
     result.view.rstd_stride_n = stride_of(table, 2);
   }
-  check(!eps.has_value() || (*eps >= 0 && *eps <= 3.4028234663852886e38), name,
+  check(!eps.has_value() || (*eps >= 0 && *eps <= std::numeric_limits<float>::max()), name,
         "_eps must be finite in float32 and not negative, got ", eps.value_or(0));
   result.view.eps = static_cast<float>(eps.value_or(-1));
   if (weight.has_value()) {

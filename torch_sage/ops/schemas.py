@@ -236,11 +236,8 @@ def sdpa(
     output_order: str = "bhsd",
 ) -> Tensor:
     """Shape of the output [B, Hq, N, Dv] in the dtype of query."""
-    recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
-    rows = rows_of_type(query.device.type)
     _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
-    head_dim = checks.largest_head_dim(query, value)
-    _require(checks.recipe_problems(dict.fromkeys(rows, recipe), head_dim))
+    _require_recipe(query, value, Recipe(qk, granularity, pv, smooth, exponential), tuple(SUPPORT))
     return empty_output(query, value.shape[3], output_order)
 
 
@@ -271,10 +268,7 @@ def varlen_sdpa(
     """Shape of the output [tokens, Hq, Dv] in the dtype of query."""
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     _require(packed.problems(query, key, value, *starts, *longest, causal, scale))
-    recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
-    rows = [row for row in rows_of_type(query.device.type) if row in VARLEN_ROWS]
-    head_dim = checks.largest_head_dim(query, value)
-    _require(checks.recipe_problems(dict.fromkeys(rows, recipe), head_dim))
+    _require_recipe(query, value, Recipe(qk, granularity, pv, smooth, exponential), VARLEN_ROWS)
     tokens, heads, _ = query.shape
     return query.new_empty((tokens, heads, value.shape[2]))
 
@@ -319,10 +313,7 @@ def rotary_sdpa(
     of_key = (key_cos, key_sin, key_rstd, key_weight, key_eps)
     require_rotations(query, key, value, of_query, of_key, pairing)
     _require(checks.sdpa_problems(query, key, value, attn_mask, causal, scale))
-    recipe = Recipe(qk, granularity, pv, smooth, exponential).op_kwargs()
-    rows = [row for row in rows_of_type(query.device.type) if row in ROTARY_ROWS]
-    head_dim = checks.largest_head_dim(query, value)
-    _require(checks.recipe_problems(dict.fromkeys(rows, recipe), head_dim))
+    _require_recipe(query, value, Recipe(qk, granularity, pv, smooth, exponential), ROTARY_ROWS)
     return empty_output(query, value.shape[3], output_order)
 
 
@@ -466,6 +457,13 @@ def _codes(x: Tensor) -> Tensor:
 def _per_channel(x: Tensor) -> Tensor:
     b, h, _, d = x.shape
     return x.new_empty((b, h, d), dtype=torch.float32)
+
+
+def _require_recipe(query: Tensor, value: Tensor, recipe: Recipe, able: tuple[str, ...]) -> None:
+    """Refuse what none of the ``able`` rows runs on the kind of device of ``query``."""
+    rows = [row for row in rows_of_type(query.device.type) if row in able]
+    head_dim = checks.largest_head_dim(query, value)
+    _require(checks.recipe_problems(dict.fromkeys(rows, recipe.op_kwargs()), head_dim))
 
 
 def _require_parts(x: Tensor, **fields: str) -> None:
