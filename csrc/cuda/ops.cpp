@@ -214,9 +214,8 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   kv.view.value_scales = reinterpret_cast<float*>(take(value_scales));
   kv.view.value_shift = reinterpret_cast<float*>(take(value_scales));
   // Zeroed by the pre-pass, counted up by the attention kernel.
-  int* work_counter = request.causal == Causal::kNone && !is_packed
-                          ? nullptr
-                          : reinterpret_cast<int*>(take(256));
+  int* work_counter =
+      request.causal == Causal::kNone && !is_packed ? nullptr : reinterpret_cast<int*>(take(256));
   if (rotates) {
     prepared.codes = reinterpret_cast<int8_t*>(take(query_codes));
     prepared.scales = reinterpret_cast<float*>(take(query_scales));
@@ -376,11 +375,13 @@ Tensor varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
       .output;
 }
 
-std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Text& causal,
-    std::optional<double> scale, const Text& qk, const Text& granularity, const Text&,
-    const Text& smooth, const Text& exponential) {
+std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                                const Tensor& value, const Tensor& cu_seqlens_q,
+                                                const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                int64_t max_seqlen_k, const Text& causal,
+                                                std::optional<double> scale, const Text& qk,
+                                                const Text& granularity, const Text&,
+                                                const Text& smooth, const Text& exponential) {
   const Result result = attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                                       max_seqlen_k, read_request(causal, scale, true),
                                       read_recipe(qk, granularity, smooth, exponential));

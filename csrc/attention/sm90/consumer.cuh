@@ -498,8 +498,7 @@ class Consumer {
   __device__ __forceinline__ void finish_work(bool& is_live) {
     const unsigned last_stage = (count_ + steps_ - 1) % kStages;
     const Work& work = works_[slot_];
-    const Place place(p_, work.batch, work.head,
-                      work.query_start + work.first_row + row_in_block_,
+    const Place place(p_, work.batch, work.head, work.query_start + work.first_row + row_in_block_,
                       work.query_start + work.rows);
     __syncwarp();
     if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));

@@ -25,8 +25,8 @@ struct AttentionParams {
 
   // Key m is visible to query n iff m <= n + last_key_offset and m < kv.seqlen.
   int last_key_offset;
-  Causal causal;     // what follows it where sequences are packed
-  float scale;     // of the scores, any sign
+  Causal causal;  // what follows it where sequences are packed
+  float scale;    // of the scores, any sign
 
   MaskKind mask_kind;
   const void* mask;
@@ -37,8 +37,9 @@ struct AttentionParams {
   float* lse;  // [b, h_q, n] natural log; may be null
 
   bool exact_exponential;
-  bool is_part;       // lse, if any, is to merge parts: of the sum that the output was divided by
-  // Zero when the kernel runs; null: every block takes a fixed share, which packed sequences forbid.
+  bool is_part;  // lse, if any, is to merge parts: of the sum that the output was divided by
+  // Zero when the kernel runs; null: every block takes a fixed share, which packed sequences
+  // forbid.
   int* work_counter;
   bool follows_prepare;  // launched right behind prepare_kv, may start before it has ended
 };

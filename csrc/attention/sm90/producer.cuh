@@ -94,8 +94,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
                       (work.query_start + work.first_row) * p.query_rows.stride_n + part * 8) *
                          kBytes;
   const int64_t row_bytes = p.query_rows.stride_n * kBytes;
-  const float* mean = 
-      p.kv.key_mean + key_head(p, work.sequence, work.head) * p.key_mean_columns;
+  const float* mean = p.kv.key_mean + key_head(p, work.sequence, work.head) * p.key_mean_columns;
   const int valid_rows = min(kRows, work.rows - work.first_row);
   const auto load = [&](Eight<kIsWide>& x, int row, int chunk) {
     x.load(rows + row * row_bytes + chunk * kLanes * 8 * kBytes,

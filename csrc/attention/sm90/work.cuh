@@ -24,7 +24,7 @@ struct alignas(16) Work {
   int sequence;
   int first_row;  // in the sequence, as are the next ones
   int rows, keys, last_key_offset;
-  int query_start;              // rows of the tensors before the sequence
+  int query_start;               // rows of the tensors before the sequence
   int first_block, first_group;  // of its keys, among those of a head
 };
 static_assert(sizeof(Work) == kWorkBytes);

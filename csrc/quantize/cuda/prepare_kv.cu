@@ -376,8 +376,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   if (thread < kTokens / kKeyBlock128 * 4 && first / kKeyBlock128 + thread / 4 < tiles / 2)
     p.kv.key_scales[(group.first_tile / 2 + first / kKeyBlock128) * 4 + thread] =
         scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
-  int8_t* key_image =
-      p.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
+  int8_t* key_image = p.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
   float inverse_of_key = 0;
 #pragma unroll
   for (int i = 0; i < kRounds; i++) {
@@ -519,8 +518,9 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   // Not <<<>>>: an error would have to be read from where others leave theirs.
-  check_cuda(cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>, p),
-             "the launch of prepare_kv");
+  check_cuda(
+      cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>, p),
+      "the launch of prepare_kv");
 }
 
 template <int kWidth, typename Element>
