@@ -174,7 +174,7 @@ PREPARED = "cuda.sm90"
 ROTARY = ("cpu", "cuda.sm90")
 """The rows that take Q and K before their rotary embeddings, in ``rotary_sdpa``."""
 
-VARLEN = ("cpu", "cuda.sm80", "cuda.sm89", "cuda.sm120")
+VARLEN = ("cpu", "cuda", "cuda.sm80", "cuda.sm89", "cuda.sm120")
 """The rows that take packed sequences, in ``varlen_sdpa``."""
 
 
