@@ -21,6 +21,7 @@ from tests.gpu.shared import OPS
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 from tests.varlen import pack
 from torch_sage.ops.checks import PAIRINGS, ROTARY_HEAD_DIMS
+from torch_sage.recipes import PREPARED, SUPPORT
 
 # Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
 # of V and two, and what needs padded copies.
@@ -71,12 +72,19 @@ def call_packed(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: st
     queries, keys = [n, 0, 1, 64, 65], [m, 3, 0, 63, 129]
     packed = pack(queries, keys, head_dim=d, head_dim_v=dv, dtype=dtype, device="cuda")
     wild = torch.tensor([2**31 - 1, -5, 70, 2**30, 10, 1000], dtype=torch.int32, device="cuda")
-    for member in MEMBERS:
-        for granularity, smooth in (("thread", "k"), ("tensor", "qkv")):
-            recipe = member.recipe(granularity, smooth)
-            use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
-            for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
-                OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
+    recipes = [
+        member.recipe(granularity, smooth)
+        for member in MEMBERS
+        for granularity, smooth in (("thread", "k"), ("tensor", "qkv"))
+    ]
+    if max(d, dv) <= SUPPORT[PREPARED].max_head_dim:
+        recipes += [{**RECIPE, "smooth": "kv", "exponential": e} for e in EXPONENTIALS]
+    for recipe in recipes:
+        use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
+        if recipe.get("exponential") == "mixed":  # which the LSE is not computed with
+            use(OPS.varlen_sdpa(*packed, causal, **recipe))
+        for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
+            OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
 
 
 def use(*results: Tensor) -> None:
