@@ -88,8 +88,8 @@ HopperRecipe read_recipe(const Text& qk, const Text& granularity, const Text& sm
 int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
 
 void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
-             const KeysAndValues& kv, const Unrotated& unrotated, int* work_counter,
-             cudaStream_t stream) {
+             const KeysAndValues& kv, const Unrotated& unrotated, const PackedOutput& output,
+             int* work_counter, cudaStream_t stream) {
   if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
   PrepareParams params{};
@@ -112,6 +112,7 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   params.smooth_key = smooth.key;
   params.smooth_value = smooth.value;
   params.kv = kv.view;
+  params.packed_output = output;
   params.work_counter = work_counter;
   launch_prepare_kv(params, stream);
 }
@@ -228,7 +229,11 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
                        static_cast<float>(softmax_scale(q, request)),
                        prepared};
   }
-  prepare(k, v, recipe.smooth, kv, unrotated, work_counter, stream);
+  const auto& [output, lse] = target.result;
+  const PackedOutput packed_output{queries, static_cast<int>(q.heads),
+                                   static_cast<int>(q.heads * v.columns), output.mutable_data_ptr(),
+                                   lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr};
+  prepare(k, v, recipe.smooth, kv, unrotated, packed_output, work_counter, stream);
   attend(q, prepared, queries, kv, request, target,
          {recipe.is_exact, false, work_counter, true, device, stream});
 }
@@ -249,10 +254,12 @@ Result attend_packed(const Tensor& query, const Tensor& key, const Tensor& value
   const PackedOperands packed =
       read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const Result result = new_packed_result(packed, request.wants_lse);
-  // What is new has the result of rows that see no key.
-  if (!packed.is_empty() && packed.keys.longest > 0)
+  if (packed.is_empty() || packed.keys.longest == 0) {
+    fill_unattended(result);
+  } else {
     run({packed.query, packed.key, packed.value}, packed.queries, packed.keys, {}, request, recipe,
         Target::packed(result));
+  }
   return result;
 }
 
@@ -410,7 +417,7 @@ Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) 
     Tensor mean = std::get<2>(tensors);
     torch::stable::zero_(mean);
   }
-  prepare(k, v, smoothing, kv, {}, nullptr, current_stream(device));
+  prepare(k, v, smoothing, kv, {}, {}, nullptr, current_stream(device));
   return tensors;
 }
 

@@ -174,7 +174,7 @@ def test_the_function_says_what_it_refuses() -> None:
         torch_sage.varlen_attention(*meta)
 
 
-@pytest.mark.parametrize(("config", "granularity"), [("auto", "token_thread"), ("sage1", "thread")])
+@pytest.mark.parametrize(("config", "granularity"), [("auto", "token_thread"), ("sage1", "block")])
 def test_hopper_takes_its_own_kernels(config: str, granularity: str, hopper: None) -> None:
     """The op is not run: there is no GPU."""
     with FakeTensorMode():

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 
@@ -19,6 +20,7 @@
 #include "quantize/cuda/prepared.h"
 #include "quantize/cuda/rotary.cuh"
 #include "quantize/cuda/rules.cuh"
+#include "quantize/cuda/unattended.cuh"
 #include "quantize/cuda/words.cuh"
 
 namespace torch_sage {
@@ -260,6 +262,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   cg::cluster_group cluster = cg::this_cluster();
   const int cluster_blocks = kIsPacked ? static_cast<int>(cluster.num_blocks()) : kBlocks;
   const int rank = cluster.block_rank();
+  if constexpr (kIsPacked) {
+    const int of_keys = static_cast<int>(p.kv.groups) * cluster_blocks * p.heads;
+    if (blockIdx.x >= of_keys) {  // whole clusters
+      fill_unattended<kThreads, Element>(p.packed_output, p.kv.packed, blockIdx.x - of_keys);
+      return;
+    }
+  }
   const Group group = find_group<kIsPacked>(p, blockIdx.x / cluster_blocks);
   const int seqlen = group.seqlen;
   const int count = min(kValueGroup, seqlen - group.number * kValueGroup);  // keys of the group
@@ -502,15 +511,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 
 template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked = false>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  int cluster = kBlocks<kWidth>;
-  if constexpr (kIsPacked)
-    cluster = std::min(cluster, (p.kv.packed.longest + kTokens<kWidth> - 1) / kTokens<kWidth>);
+  unsigned cluster = kBlocks<kWidth>;
+  if constexpr (kIsPacked) {
+    const unsigned longest = p.kv.packed.longest;
+    cluster = std::min(cluster, std::bit_ceil((longest + kTokens<kWidth> - 1) / kTokens<kWidth>));
+  }
+  const auto whole_clusters = [&](int64_t blocks) {
+    return (blocks + cluster - 1) / cluster * cluster;
+  };
   int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
-  if constexpr (kPairing != Pairing::kNone)
-    grid += (query_blocks(p) + cluster - 1) / cluster * cluster;
+  if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
+  if constexpr (kIsPacked)
+    grid += whole_clusters((p.packed_output.queries.rows + kThreads - 1) / kThreads);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);

@@ -57,6 +57,15 @@ struct QueryParams {
   PreparedQuery prepared;
 };
 
+// The output of packed sequences, some of whose rows prepare_kv fills: attention comes to no
+// others.
+struct PackedOutput {
+  Packed queries;
+  int heads, row_elements;
+  void* output;  // [rows, row_elements], of the dtype of key
+  float* lse;    // [heads, rows]; may be null
+};
+
 struct PrepareParams {
   int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8
   int key_mean_columns;                    // head_dim before it was padded
@@ -69,7 +78,8 @@ struct PrepareParams {
   QueryParams query;
   bool smooth_key, smooth_value;
   PreparedKv kv;
-  int* work_counter;  // set to zero for the attention kernel; may be null
+  PackedOutput packed_output;  // if kv is of packed sequences
+  int* work_counter;           // set to zero for the attention kernel; may be null
 };
 
 void launch_prepare_kv(const PrepareParams& params, cudaStream_t stream);
