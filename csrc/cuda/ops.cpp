@@ -89,6 +89,14 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   launch_prepare_kv(params, stream);
 }
 
+// Whether a thread may read the elements of a row 16 bytes at a time.
+bool is_dense(const Mask& mask) {
+  const int64_t bytes = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
+  const auto is_aligned = [=](int64_t elements) { return elements * bytes % 16 == 0; };
+  return mask.strides[3] == 1 && std::all_of(mask.strides, mask.strides + 3, is_aligned) &&
+         reinterpret_cast<uintptr_t>(mask.tensor.const_data_ptr()) % 16 == 0;
+}
+
 Result attend(const FloatOperand& query, const PreparedQuery& prepared_query,
               const KeysAndValues& kv, const Request& request, bool exact_exponential, bool is_part,
               int* work_counter, bool follows_prepare, int device, cudaStream_t stream) {
@@ -116,6 +124,7 @@ Result attend(const FloatOperand& query, const PreparedQuery& prepared_query,
     mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.view.seqlen,
                      query.tensor.device());
     set_mask(params, *mask);
+    params.mask_is_dense = is_dense(*mask);
   }
   params.output = result.output.mutable_data_ptr();
   params.output_rows = {result.output.stride(0), result.output.stride(1), result.output.stride(2)};

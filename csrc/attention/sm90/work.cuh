@@ -16,7 +16,7 @@ struct Schedule {
 // As one thread finds it and all others read it from shared memory; divisions are slow.
 struct alignas(16) Work {
   int row_block, batch, head;
-  int steps;  // of kKeys keys, the last one first; 0: there is no more work
+  int steps;  // of C::kKeys keys, the last one first; 0: there is no more work
 };
 
 // Last key visible to a row; below 0 if none is.
@@ -24,11 +24,13 @@ __device__ __forceinline__ int last_key(const AttentionParams& p, int row) {
   return min(p.kv.seqlen - 1, row + p.last_key_offset);
 }
 // Steps needed by rows up to `row`; at least one, in which everything may be hidden.
+template <class C>
 __device__ __forceinline__ int steps_until(const AttentionParams& p, int row) {
   const int last = last_key(p, row);
-  return last < kKeys ? 1 : last / kKeys + 1;
+  return last < C::kKeys ? 1 : last / C::kKeys + 1;
 }
 
+template <class C>
 __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedule& s, int index) {
   if (index >= s.total) return {0, 0, 0, 0};
   int block, head;
@@ -42,9 +44,9 @@ __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedu
     head = index / s.row_blocks;
     block = index - head * s.row_blocks;
   }
-  const int last_row = min((block + 1) * kRows, p.seqlen_q) - 1;
+  const int last_row = min((block + 1) * C::kRows, p.seqlen_q) - 1;
   const int batch = head / p.heads_q;
-  return {block, batch, head - batch * p.heads_q, steps_until(p, last_row)};
+  return {block, batch, head - batch * p.heads_q, steps_until<C>(p, last_row)};
 }
 
 __device__ __forceinline__ int64_t key_head(const AttentionParams& p, const Work& work) {
