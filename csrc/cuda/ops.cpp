@@ -22,7 +22,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMaxWidth = 128;
+constexpr int64_t kMaxWidth = 256;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
@@ -30,7 +30,7 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
   const int64_t larger = std::max(head_dim, head_dim_v);
   check(larger <= kMaxWidth, "query and value must have a head_dim of at most ", kMaxWidth,
         " in this recipe, got ", larger);
-  return larger <= 64 ? 64 : 128;
+  return larger <= 64 ? 64 : larger <= 128 ? 128 : kMaxWidth;
 }
 
 // K and V in the kernels' layout, pointing into tensors that somebody keeps.
@@ -223,9 +223,8 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   kv.view.value_scales = reinterpret_cast<float*>(take(value_scales));
   kv.view.value_shift = reinterpret_cast<float*>(take(value_scales));
   // Zeroed by the pre-pass, counted up by the attention kernel.
-  int* work_counter = request.causal == Causal::kNone && !is_packed
-                          ? nullptr
-                          : reinterpret_cast<int*>(take(256));
+  int* work_counter =
+      request.causal == Causal::kNone && !is_packed ? nullptr : reinterpret_cast<int*>(take(256));
   if (rotates) {
     prepared.codes = reinterpret_cast<int8_t*>(take(query_codes));
     prepared.scales = reinterpret_cast<float*>(take(query_scales));
@@ -385,11 +384,13 @@ Tensor varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
       .output;
 }
 
-std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Text& causal,
-    std::optional<double> scale, const Text& qk, const Text& granularity, const Text&,
-    const Text& smooth, const Text& exponential) {
+std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                                const Tensor& value, const Tensor& cu_seqlens_q,
+                                                const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                int64_t max_seqlen_k, const Text& causal,
+                                                std::optional<double> scale, const Text& qk,
+                                                const Text& granularity, const Text&,
+                                                const Text& smooth, const Text& exponential) {
   const Result result = attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                                       max_seqlen_k, read_request(causal, scale, true),
                                       read_recipe(qk, granularity, smooth, exponential));
