@@ -22,7 +22,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMaxWidth = 128;
+constexpr int64_t kMaxWidth = 256;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
@@ -30,7 +30,7 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
   const int64_t larger = std::max(head_dim, head_dim_v);
   check(larger <= kMaxWidth, "query and value must have a head_dim of at most ", kMaxWidth,
         " in this recipe, got ", larger);
-  return larger <= 64 ? 64 : 128;
+  return larger <= 64 ? 64 : larger <= 128 ? 128 : kMaxWidth;
 }
 
 // K and V in the kernels' layout, pointing into tensors that somebody keeps.
@@ -117,6 +117,14 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   launch_prepare_kv(params, stream);
 }
 
+// Whether a thread may read the elements of a row 16 bytes at a time.
+bool is_dense(const Mask& mask) {
+  const int64_t bytes = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
+  const auto is_aligned = [=](int64_t elements) { return elements * bytes % 16 == 0; };
+  return mask.strides[3] == 1 && std::all_of(mask.strides, mask.strides + 3, is_aligned) &&
+         reinterpret_cast<uintptr_t>(mask.tensor.const_data_ptr()) % 16 == 0;
+}
+
 // What the attention kernel is told beyond operands and semantics.
 struct Launch {
   bool is_exact, is_part;
@@ -170,6 +178,7 @@ void attend(const FloatOperand& query, const PreparedQuery& prepared_query, cons
     mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.view.seqlen,
                      query.tensor.device());
     set_mask(params, *mask);
+    params.mask_is_dense = is_dense(*mask);
   }
   const auto& [output, lse] = target.result;
   params.output = output.mutable_data_ptr();

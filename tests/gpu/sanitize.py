@@ -137,7 +137,7 @@ def main() -> None:
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"family must be one of {[*FAMILIES]}, got {sorted(unknown)}")
     for family in families:
-        shapes = SHAPES if family in ("hopper", "rotary") else (*SHAPES, WIDE)
+        shapes = SHAPES if family == "rotary" else (*SHAPES, WIDE)
         for shape, dtype, causal in itertools.product(shapes, DTYPES, CAUSAL):
             FAMILIES[family](shape, dtype, causal)
     if "hopper" in families:

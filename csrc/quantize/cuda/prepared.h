@@ -16,16 +16,17 @@ constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) 
 constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
 constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
 
-// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64 or 128. Packed
-// sequences are one batch entry, in which each begins with a block of 128 keys and a group of 1024
-// of its own.
+// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64, 128 or 256.
+// Packed sequences are one batch entry, in which each begins with a block of 128 keys and a group
+// of 1024 of its own.
 struct PreparedKv {
   int seqlen;
   int width;
   Packed packed;   // the keys of sequences, if they are packed
   int64_t tiles;   // of 64 keys, an even number
   int64_t groups;  // of 1024 keys
-  // Images [64 keys, width] of int8, 16-byte chunks of a row permuted as wgmma's swizzle wants.
+  // Images [64 keys, width] of int8, 16-byte chunks of a row permuted as wgmma's swizzle wants; of
+  // 256 channels, two of 128, one behind the other.
   int8_t* key_codes;
   float* key_scales;  // [blocks of 128 keys, 4]
   float* key_mean;    // [head_dim], per sequence
@@ -38,7 +39,7 @@ struct PreparedKv {
   float* value_shift;
 };
 
-constexpr int kQueryBlock = 192;  // query rows of a piece of the attention kernel's work
+constexpr int kQueryBlock = 192;  // rows: the most of a piece of the attention kernel's work
 
 // A query as the attention kernel quantizes it otherwise, rows padded to whole blocks with zeros.
 struct PreparedQuery {
