@@ -167,7 +167,7 @@ def test_the_function_says_what_it_refuses() -> None:
     with pytest.raises(RuntimeError, match="value must not require grad"):
         torch_sage.varlen_attention(P.query, P.key, P.value.clone().requires_grad_(), *P[3:])
     meta = [x.to("meta") if isinstance(x, Tensor) else x for x in P]
-    with pytest.raises(NotImplementedError, match="query must be on CPU or a GPU for which"):
+    with pytest.raises(NotImplementedError, match="query must be on one of"):
         torch_sage.varlen_attention(*meta)
 
 
@@ -176,7 +176,7 @@ def test_hopper_takes_the_kernels_that_have_it(hopper: None) -> None:
     from torch_sage.devices import rows_of
 
     rows = [row for row in rows_of(torch.device("cuda")) if row in VARLEN]
-    assert rows == ["cuda.sm80", "cuda.sm89"]
+    assert rows == ["cuda.sm80", "cuda.sm89", "cuda"]
 
 
 def test_lengths_are_not_baked_into_a_graph(recorder: Any) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from torch_sage import devices
 from torch_sage.ops import triton_packed
-from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
-from torch_sage.ops.triton_quantize import Groups
+from torch_sage.ops.triton_packed import Packed, find_tile, span_of
+from torch_sage.ops.triton_quantize import Groups, first_scale
 from torch_sage.ops.triton_statistics import padded
 
 LOG2_E = math.log2(math.e)
@@ -88,6 +88,7 @@ UNSPECIALIZED = (
     "count",
     "longest_q",
     "longest_k",
+    "from_the_end",
 )
 
 
@@ -95,14 +96,6 @@ UNSPECIALIZED = (
 def _tile_index(row, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr):
     """Return the scale of each row: ``Groups`` as arithmetic."""
     return row // SPAN * (8 // LANE_ROWS) + row % 8 // LANE_ROWS
-
-
-@triton.jit
-def _first_scale(
-    first, sequence, BLOCK: tl.constexpr, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr, PACKED: tl.constexpr
-):
-    """Return where the scales of a sequence begin among those of its head."""
-    return first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * (8 // LANE_ROWS))
 
 
 @triton.jit
@@ -267,6 +260,7 @@ def _attention_kernel(
     longest_q,
     longest_k,
     magnitude,  # |scale| * log2(e)
+    from_the_end,  # 1 where the last query sees all keys, 0 where the first one sees one
     PACKED: tl.constexpr,
     IS_NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -323,15 +317,13 @@ def _attention_kernel(
     if IS_NEGATIVE:
         codes = -codes
     query_scales += head * query_groups
-    query_scales += _first_scale(
-        first_q, sequence, QUERY_BLOCK, QUERY_SPAN, QUERY_LANE_ROWS, PACKED
-    )
+    query_scales += first_scale(first_q, sequence, QUERY_BLOCK, QUERY_SPAN, QUERY_LANE_ROWS, PACKED)
     index = _tile_index(row, QUERY_SPAN, QUERY_LANE_ROWS)
     query_scale = tl.load(query_scales + index, mask=is_row, other=0.0) * magnitude
 
-    if CAUSAL != "none":
+    if CAUSAL:
         # Row n sees the keys up to n + offset.
-        offset = seqlen_k - seqlen_q if CAUSAL == "bottom_right" else 0
+        offset = (seqlen_k - seqlen_q) * from_the_end
         visible = tl.minimum(row + offset + 1, seqlen_k)
         seen_by_all = tl.maximum(tl.minimum(tile * BLOCK_N + offset + 1, seqlen_k), 0)
         end = tl.maximum(tl.minimum((tile + 1) * BLOCK_N + offset, seqlen_k), 0)
@@ -348,7 +340,7 @@ def _attention_kernel(
     key += batch * key_stride_b + head_kv * key_stride_h + first_k * key_stride_n
     value += batch * value_stride_b + head_kv * value_stride_h + first_k * value_stride_n
     key_scales += (batch * heads_kv + head_kv) * key_groups
-    key_scales += _first_scale(first_k, sequence, KEY_BLOCK, KEY_SPAN, KEY_LANE_ROWS, PACKED)
+    key_scales += first_scale(first_k, sequence, KEY_BLOCK, KEY_SPAN, KEY_LANE_ROWS, PACKED)
     mask += batch * mask_stride_b + head_q * mask_stride_h
     for HIDES in tl.static_range(2):
         accumulated, total, total_exact, top = _attend(
@@ -484,7 +476,7 @@ def attention(
     arguments: dict[str, Any] = {
         "PACKED": packed is not None,
         "IS_NEGATIVE": scale < 0,
-        "CAUSAL": causal,
+        "CAUSAL": causal != "none",
         "MASK": mask_kind,
         "HAS_BIAS": keys.score_bias is not None,
         "HAS_VALUE_SCALES": values.scales is not None,
@@ -546,5 +538,6 @@ def attention(
         longest_q,
         longest_k,
         abs(scale) * LOG2_E,
+        int(causal == "bottom_right"),
         **arguments,
     )
