@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.cases import DTYPES
 from torch_sage import devices
 from torch_sage.ops import triton_attention, triton_quantize, triton_statistics
 
@@ -97,6 +98,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool, packed: bool) -
         "BASE2": triton_attention.LOG2_E,
         "NATURAL": triton_attention.LN_2,
         "LARGEST": triton_attention.FP32_MAX,
+        "LARGEST_OUTPUT": torch.finfo(DTYPES[half]).max,
         "key_stride_d": 1,
         "value_stride_d": 1,
     }

@@ -233,6 +233,20 @@ def test_tiles_of_packed_sequences_are_found(lengths: list[int]) -> None:
     assert_tiles_are_found(torch.cat([starts([200]), starts(lengths) + 200])[1:], 32, most=100)
 
 
+def test_what_is_finite_stays_finite_in_the_output() -> None:
+    """Smoothed and rounded to 32, one value is 16 more than the largest of fp16."""
+    value = torch.tensor([65504.0, -1664.0]).half().expand(1, 1, 16, 2).mT
+    key = torch.tensor([1.0, -1.0]).half().expand(1, 1, 64, 2).mT
+    query = torch.full((1, 1, 1, 64), 8.0).half()
+    case = AttentionCase(head_dim_v=16, smooth="v", dtype="fp16")
+    inputs = make_inputs(case)._replace(query=query, key=key, value=value)
+    output = triton_ops.sdpa(**arguments(case, inputs, "fp16"))
+    assert (output == 65504).all()
+    value = torch.where(value > 0, torch.inf, value)
+    given = arguments(case, inputs._replace(value=value), "fp16") | {"smooth": ""}
+    assert (triton_ops.sdpa(**given) == torch.inf).all()
+
+
 def test_a_row_block_that_is_no_power_of_two_is_an_error() -> None:
     x = torch.randn(1, 1, 8, 8)
     with pytest.raises(

@@ -286,6 +286,7 @@ def _attention_kernel(
     BASE2: tl.constexpr,
     NATURAL: tl.constexpr,
     LARGEST: tl.constexpr,
+    LARGEST_OUTPUT: tl.constexpr,
 ):
     # Tiles of one head are neighbours, so that they share its keys in the L2 cache; the tiles that
     # see most keys start first.
@@ -394,6 +395,10 @@ def _attention_kernel(
     if HAS_VALUE_MEAN:
         result += tl.load(value_mean + of_head, mask=is_channel, other=0.0)[None, :]
     result = tl.where((total == 0.0)[:, None], 0.0, result)
+    if output.dtype.element_ty != tl.float32:
+        # A mean of values cannot leave their range, a rounded one can: what is finite stays so.
+        inside = tl.minimum(tl.maximum(result, -LARGEST_OUTPUT), LARGEST_OUTPUT)
+        result = tl.where(tl.abs(result) < float("inf"), inside, result)
     at = output + batch * output_stride_b + head_q * output_stride_h + first_q * output_stride_n
     at += row.to(tl.int64)[:, None] * output_stride_n + channel_v[None, :]
     tl.store(at, result.to(output.dtype.element_ty), mask=is_row[:, None] & is_channel[None, :])
@@ -499,6 +504,7 @@ def attention(
         "BASE2": LOG2_E,
         "NATURAL": LN_2,
         "LARGEST": FP32_MAX,
+        "LARGEST_OUTPUT": torch.finfo(output.dtype).max,
         "enable_fp_fusion": True,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
