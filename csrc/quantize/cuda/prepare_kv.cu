@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
   cluster.sync();
 
   const int64_t group_at = (group.first_group + group.number) * kWidth;
-  const int shares = blocks * (128 / kWidth);
+  const int shares = blocks * kShares;
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
 #pragma unroll
@@ -532,7 +532,8 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
   int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
   if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
   if constexpr (kIsPacked)
-    grid += whole_clusters((p.packed_output.queries.rows + kThreads - 1) / kThreads);
+    grid +=
+        whole_clusters((p.packed_output.queries.rows + kThreads<kWidth> - 1) / kThreads<kWidth>);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};
