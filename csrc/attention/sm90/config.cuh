@@ -69,6 +69,7 @@ struct Config {
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
   static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;
+  static_assert(kSharedBytes <= 227 << 10);
 };
 
 // Barriers of a block, by shared address.
