@@ -84,19 +84,6 @@ def lack_of_sm90(name: str, device: torch.device) -> str | None:
     return None
 
 
-@asked_while_tracing
-def lack_of_varlen(name: str, device: torch.device) -> str | None:
-    """Return why tensor ``name`` on ``device`` has no kernels for packed sequences, None if it has.
-
-    Of those for GPUs the mma.sync kernels have.
-    """
-    if device.type == "cpu":
-        return None
-    if device.type == "cuda" and has_kernels("sm80", device.index):
-        return None
-    return f"{name} must be on CPU or a GPU for which the library has kernels of sm80, got {device}"
-
-
 def dotted(capability: tuple[int, int]) -> str:
     """Return a compute capability as NVIDIA writes it, such as 9.0."""
     return ".".join(map(str, capability))

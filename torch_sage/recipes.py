@@ -159,7 +159,7 @@ SUPPORT: dict[str, Support] = {
         smooth=("", "k", "v", "kv"),
         exponential=("mixed", "exact"),
         half={},
-        max_head_dim=128,
+        max_head_dim=256,
         has_parts=False,
     ),
     "cuda.sm80": _SM80,
@@ -173,9 +173,6 @@ PREPARED = "cuda.sm90"
 
 ROTARY = ("cpu", "cuda.sm90")
 """The rows that take Q and K before their rotary embeddings, in ``rotary_sdpa``."""
-
-VARLEN = ("cpu", "cuda.sm80", "cuda.sm89", "cuda.sm120")
-"""The rows that take packed sequences, in ``varlen_sdpa``."""
 
 
 def rows_of_type(device_type: str, parts: bool = False) -> tuple[str, ...]:

@@ -6,17 +6,16 @@ from torch import Tensor
 
 from torch_sage import ops
 from torch_sage.config import SageConfig, as_config
-from torch_sage.devices import lack_of_varlen, rows_of
+from torch_sage.devices import rows_of
 from torch_sage.ops import packed
 from torch_sage.ops.checks import Size, largest_head_dim
 from torch_sage.ops.dispatch import (
     Reason,
-    ReasonCode,
     causal_of,
     causal_problems,
     device_reasons,
 )
-from torch_sage.recipes import VARLEN, Recipe, choose_row, resolve_in
+from torch_sage.recipes import Recipe, choose_row, resolve_in
 from torch_sage.reference.attention import AttentionOutput
 
 
@@ -95,10 +94,7 @@ def choose_recipe(
     query: Tensor, value: Tensor, config: SageConfig
 ) -> tuple[Recipe | None, tuple[Reason, ...]]:
     """Return what ``config`` means for packed sequences, or the reasons why nothing runs it."""
-    lack = lack_of_varlen("query", query.device)
-    if lack is not None:
-        return None, (Reason(ReasonCode.DEVICE_UNSUPPORTED, lack),)
-    rows = tuple(row for row in rows_of(query.device) if row in VARLEN)
+    rows = rows_of(query.device)
     head_dim = largest_head_dim(query, value)
     reasons = device_reasons(query, config, rows, head_dim)
     if reasons:

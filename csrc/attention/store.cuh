@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/quad.cuh"
 #include "common/params.h"
 
 namespace torch_sage {
@@ -15,14 +16,15 @@ struct Place {
 
   __device__ __forceinline__ Place(int64_t row_of_lse, char* output, int rows)
       : row_of_lse(row_of_lse), output(output), rows(rows) {}
+  // `end`: of the rows that the two may be.
   template <typename Params>
-  __device__ __forceinline__ Place(const Params& p, int batch, int head, int row)
+  __device__ __forceinline__ Place(const Params& p, int batch, int head, int row, int end)
       : row_of_lse((static_cast<int64_t>(batch) * p.heads_q + head) * p.seqlen_q + row),
         output(static_cast<char*>(p.output) +
                (batch * p.output_rows.stride_b + head * p.output_rows.stride_h +
                 row * p.output_rows.stride_n) *
                    (p.dtype == Dtype::kFloat32 ? 4 : 2)),
-        rows(p.seqlen_q - row) {}
+        rows(end - row) {}
 };
 
 template <typename Params>
@@ -59,23 +61,14 @@ __device__ __forceinline__ void store_columns(const Params& p, const Place& plac
     }
     return;
   }
-  // A 4x4 transpose in the quad gives each lane the 8 adjacent columns of block + quad.
+  // Handed round in the quad, this gives each lane the 8 adjacent columns of block + quad.
   const int first = 8 * (block + quad);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     uint32_t r[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) r[k] = pack_halves(p.dtype, x[h][k][0], x[h][k][1]);
-#pragma unroll
-    for (int step = 1; step < 4; step <<= 1) {
-      const bool upper = quad & step;
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (!(i & step)) {
-          const uint32_t got = __shfl_xor_sync(~0u, upper ? r[i] : r[i | step], step);
-          (upper ? r[i] : r[i | step]) = got;
-        }
-    }
+    transpose_quad(r, quad);
     uint16_t* to =
         reinterpret_cast<uint16_t*>(place.output) + 8 * h * p.output_rows.stride_n + first;
     // Rows of the op's own output are aligned to 16 bytes wherever their length is.

@@ -13,8 +13,9 @@
 namespace torch_sage::cuda {
 namespace {
 
-// Places among the arguments of sdpa and sdpa_with_lse.
-constexpr int kQuery = 0, kGranularity = 7, kPv = 8;
+// Among the arguments: a tensor on the device, and where the recipe begins (qk, granularity, pv),
+// of the ops over batches and over packed sequences.
+constexpr int kQuery = 0, kRecipe = 6, kPackedRecipe = 9;
 
 std::string text_at(StableIValue* stack, int place) {
   const auto text = torch::stable::detail::to<StringHandle>(stack[place]);
@@ -52,9 +53,9 @@ void call_triton(const char* name, StableIValue* stack, uint64_t results) {
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 
 // The granularities are disjoint; what Triton has besides, it does where there is no other code.
-void route(Boxed hopper, Boxed mma, const char* triton, StableIValue* stack, uint64_t arguments,
-           uint64_t results) {
-  const std::string granularity = text_at(stack, kGranularity), pv = text_at(stack, kPv);
+void route(Boxed hopper, Boxed mma, const char* triton, int recipe, StableIValue* stack,
+           uint64_t arguments, uint64_t results) {
+  const std::string granularity = text_at(stack, recipe + 1), pv = text_at(stack, recipe + 2);
   if (granularity == "token_thread") return hopper(stack, arguments, results);
   const bool is_e4m3 = pv == "e4m3" || pv == "e4m3_fp16";
   const bool is_tritons = granularity == "token" || granularity == "token_block";
@@ -64,12 +65,20 @@ void route(Boxed hopper, Boxed mma, const char* triton, StableIValue* stack, uin
 }
 
 void route_sdpa(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  route(TORCH_BOX(&sdpa), TORCH_BOX(&mma_sdpa), "torch_sage::triton_sdpa", stack, arguments,
-        results);
+  route(TORCH_BOX(&sdpa), TORCH_BOX(&mma_sdpa), "torch_sage::triton_sdpa", kRecipe, stack,
+        arguments, results);
 }
 void route_sdpa_with_lse(StableIValue* stack, uint64_t arguments, uint64_t results) {
   route(TORCH_BOX(&sdpa_with_lse), TORCH_BOX(&mma_sdpa_with_lse),
-        "torch_sage::triton_sdpa_with_lse", stack, arguments, results);
+        "torch_sage::triton_sdpa_with_lse", kRecipe, stack, arguments, results);
+}
+void route_varlen_sdpa(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  route(TORCH_BOX(&varlen_sdpa), TORCH_BOX(&mma_varlen_sdpa), "torch_sage::triton_varlen_sdpa",
+        kPackedRecipe, stack, arguments, results);
+}
+void route_varlen_sdpa_with_lse(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  route(TORCH_BOX(&varlen_sdpa_with_lse), TORCH_BOX(&mma_varlen_sdpa_with_lse),
+        "torch_sage::triton_varlen_sdpa_with_lse", kPackedRecipe, stack, arguments, results);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {
@@ -77,8 +86,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {
   m.impl("sdpa_with_lse", &route_sdpa_with_lse);
   m.impl("rotary_sdpa", TORCH_BOX(&rotary_sdpa));
   m.impl("mma_prepare_kv", TORCH_BOX(&mma_prepare_kv));
-  m.impl("varlen_sdpa", TORCH_BOX(&mma_varlen_sdpa));
-  m.impl("varlen_sdpa_with_lse", TORCH_BOX(&mma_varlen_sdpa_with_lse));
+  m.impl("varlen_sdpa", &route_varlen_sdpa);
+  m.impl("varlen_sdpa_with_lse", &route_varlen_sdpa_with_lse);
   m.impl("prepare_kv", TORCH_BOX(&prepare_kv));
   m.impl("attention_prepared", TORCH_BOX(&attention_prepared));
   m.impl("attention_prepared_with_lse", TORCH_BOX(&attention_prepared_with_lse));

@@ -9,8 +9,8 @@ import torch
 
 from tests.cases import CASES, EMPTY_CASES, AttentionCase, Inputs
 from tests.numerics import Expected, expect
-from torch_sage.ops import triton_attention, triton_quantize
-from torch_sage.ops.triton_quantize import padded
+from torch_sage.ops import triton_attention, triton_statistics
+from torch_sage.ops.triton_statistics import padded
 from torch_sage.recipes import SUPPORT
 
 GRANULARITIES = SUPPORT["cuda"].granularity
@@ -40,12 +40,12 @@ def expected(case: AttentionCase, inputs: Inputs, pv: str, device: str) -> Expec
     """
     means: dict[str, Any] = {}
     if "q" in case.smooth:
-        mean = triton_quantize.finite_token_mean(inputs.query.to(device))
+        mean = triton_statistics.finite_token_mean(inputs.query.to(device))
         means["query_mean"] = mean.cpu()
     if "k" in case.smooth:
-        means["key_mean"] = triton_quantize.token_mean(inputs.key.to(device)).cpu()
+        means["key_mean"] = triton_statistics.token_mean(inputs.key.to(device)).cpu()
     if "v" in case.smooth:
-        means["value_mean"] = triton_quantize.token_mean(inputs.value.to(device)).cpu()
+        means["value_mean"] = triton_statistics.token_mean(inputs.value.to(device)).cpu()
     channels = padded(case.head_dim), padded(case.head_dim_v)
     tile = triton_attention.tile_for(*channels, torch.device(device, 0))
     return expect(*inputs, **recipe(case, pv), **means, tile=tile.keys)

@@ -51,17 +51,17 @@ def _lack(index: int | None, row: str) -> str | None:
 def register_kernels() -> None:
     """Run the ops on CUDA tensors by the Triton kernels, imported at the first call.
 
-    A library with CUDA code has the whole op itself. Recipes that its kernels do not run it hands
-    on to ``triton_sdpa`` and ``triton_sdpa_with_lse``, which nothing else calls: their last result
-    is the text of an error, in UTF-8, which it raises (``csrc/cuda/bindings.cpp``).
+    A library with CUDA code has the ops of all recipes itself. Recipes that its kernels do not run it hands
+    on to ops whose names begin with ``triton_``, which nothing else calls: their last result is the
+    text of an error, in UTF-8, which it raises (``csrc/cuda/bindings.cpp``).
     ``mma_prepare_kv`` is the pass over K and V of its mma.sync kernels, for their tests alone.
     """
     if "sm80" in _extension.cuda_gpus():
         LIBRARY.define(_MMA_PREPARE_KV)  # type: ignore[no-untyped-call]  # torch's
     for name in DEFINITIONS:
-        if name in PREPARED or name == ROTARY or name in VARLEN:
+        if name in PREPARED or name == ROTARY:
             continue
-        if name in WHOLE and _extension.cuda_gpus():
+        if name in (*WHOLE, *VARLEN) and _extension.cuda_gpus():
             target = f"triton_{name}"
             arguments, results = DEFINITIONS[name].split(" -> ")
             schema = f"{target}{arguments} -> ({results.strip('()')}, Tensor error)"

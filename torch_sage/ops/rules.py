@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_sage.devices import lack_of_sm90, lack_of_varlen
+from torch_sage.devices import lack_of_sm90
 from torch_sage.ops.after_import import after_import
 from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY, VARLEN
 
@@ -279,7 +279,5 @@ for _name in DEFINITIONS:
         _register_vmap(_name)
 for _name in (*PREPARED, ROTARY):
     _register_lack_of_kernels(_name, lack_of_sm90)
-for _name in VARLEN:
-    _register_lack_of_kernels(_name, lack_of_varlen)
 # It imports triton, which takes half a second and makes folders.
 after_import("torch.utils.flop_counter", _register_flops)

@@ -17,7 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_sage import devices
-from torch_sage.ops.triton_quantize import Groups, padded
+from torch_sage.ops import triton_packed
+from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
+from torch_sage.ops.triton_quantize import Groups
+from torch_sage.ops.triton_statistics import padded
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
@@ -38,6 +41,9 @@ class Query(NamedTuple):
 
     groups: Groups
 
+    packed: Packed | None = None
+    """Which rows are a sequence, of a batch of one; None if each entry of the batch is one."""
+
 
 class Keys(NamedTuple):
     """Quantized keys."""
@@ -53,6 +59,9 @@ class Keys(NamedTuple):
     score_bias: Tensor | None
     """[B, Hq, M] fp32, added to the base-2 scores of every row: what smoothing took from Q."""
 
+    packed: Packed | None = None
+    """As of the queries."""
+
 
 class Values(NamedTuple):
     """Values, and what undoes their quantization."""
@@ -61,22 +70,24 @@ class Values(NamedTuple):
     """[B, Hkv, M, Dv] bfloat16 or float16, any strides; P takes their dtype."""
 
     scales: Tensor | None
-    """[B, Hkv, Dv] fp32, or None for 1."""
+    """[sequences, Hkv, Dv] fp32, or None for 1."""
 
     mean: Tensor | None
-    """[B, Hkv, Dv] fp32, or None for 0."""
+    """[sequences, Hkv, Dv] fp32, or None for 0."""
 
 
 # Numbers that change from call to call, and whose being 1 or a multiple of 16 saves nothing.
 UNSPECIALIZED = (
     "heads",
     "heads_kv",
-    "seqlen_q",
-    "seqlen_k",
+    "rows_q",
+    "rows_k",
     "query_groups",
     "key_groups",
-    "tiles",
-    "offset",
+    "units",
+    "count",
+    "longest_q",
+    "longest_k",
 )
 
 
@@ -84,6 +95,14 @@ UNSPECIALIZED = (
 def _tile_index(row, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr):
     """Return the scale of each row: ``Groups`` as arithmetic."""
     return row // SPAN * (8 // LANE_ROWS) + row % 8 // LANE_ROWS
+
+
+@triton.jit
+def _first_scale(
+    first, sequence, BLOCK: tl.constexpr, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr, PACKED: tl.constexpr
+):
+    """Return where the scales of a sequence begin among those of its head."""
+    return first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * (8 // LANE_ROWS))
 
 
 @triton.jit
@@ -211,13 +230,15 @@ def _attention_kernel(
     key,  # [B, Hkv, M, D] int8
     key_scales,  # [B, Hkv, groups] fp32
     value,  # [B, Hkv, M, Dv]
-    value_scales,  # [B, Hkv, Dv] fp32
-    value_mean,  # [B, Hkv, Dv] fp32
+    value_scales,  # [sequences, Hkv, Dv] fp32
+    value_mean,  # [sequences, Hkv, Dv] fp32
     score_bias,  # [B, Hq, M] fp32, base-2 units
     mask,  # [B, Hq, N, M] by strides
     output,  # [B, Hq, N, Dv]
     lse,  # [B, Hq, N] fp32
     lse_shift,  # [B, Hq, N] fp32
+    starts_q,
+    starts_k,
     key_stride_b,
     key_stride_h,
     key_stride_n,
@@ -235,15 +256,18 @@ def _attention_kernel(
     output_stride_n,
     heads,
     heads_kv,
-    seqlen_q,
-    seqlen_k,
+    rows_q,
+    rows_k,
     channels,
     channels_v,
     query_groups,
     key_groups,
-    tiles,
+    units,
+    count,
+    longest_q,
+    longest_k,
     magnitude,  # |scale| * log2(e)
-    offset,  # row n sees the keys up to n + offset
+    PACKED: tl.constexpr,
     IS_NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
@@ -259,8 +283,10 @@ def _attention_kernel(
     EVEN_D: tl.constexpr,
     EVEN_DV: tl.constexpr,
     WIDE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
     QUERY_SPAN: tl.constexpr,
     QUERY_LANE_ROWS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
     KEY_SPAN: tl.constexpr,
     KEY_LANE_ROWS: tl.constexpr,
     BASE2: tl.constexpr,
@@ -269,11 +295,18 @@ def _attention_kernel(
 ):
     # Tiles of one head are neighbours, so that they share its keys in the L2 cache; the tiles that
     # see most keys start first.
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tiles - 1 - tl.program_id(0) % tiles
+    head = (tl.program_id(0) // units).to(tl.int64)
+    unit = units - 1 - tl.program_id(0) % units
     batch, head_q = head // heads, head % heads
     head_kv = head_q // (heads // heads_kv)
-    key_head = batch * heads_kv + head_kv
+    sequence, tile = find_tile(
+        batch, unit, units, rows_q, starts_q, count, longest_q, BLOCK_N, PACKED
+    )
+    first_q, seqlen_q = span_of(starts_q, sequence, rows_q, longest_q, PACKED)
+    first_k, seqlen_k = span_of(starts_k, sequence, rows_k, longest_k, PACKED)
+    if PACKED:
+        # Nothing to do for a tile that is none.
+        seqlen_k = tl.where(tile * BLOCK_N < seqlen_q, seqlen_k, 0)
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < seqlen_q
     channel = tl.arange(0, BLOCK_D)
@@ -281,7 +314,7 @@ def _attention_kernel(
 
     codes = tl.load(
         query
-        + head * seqlen_q * channels
+        + (head * rows_q + first_q) * channels
         + row.to(tl.int64)[:, None] * channels
         + channel[None, :],
         mask=is_row[:, None] & (channel < channels)[None, :],
@@ -289,11 +322,16 @@ def _attention_kernel(
     )
     if IS_NEGATIVE:
         codes = -codes
+    query_scales += head * query_groups
+    query_scales += _first_scale(
+        first_q, sequence, QUERY_BLOCK, QUERY_SPAN, QUERY_LANE_ROWS, PACKED
+    )
     index = _tile_index(row, QUERY_SPAN, QUERY_LANE_ROWS)
-    query_scale = tl.load(query_scales + head * query_groups + index, mask=is_row, other=0.0)
-    query_scale = query_scale * magnitude
+    query_scale = tl.load(query_scales + index, mask=is_row, other=0.0) * magnitude
 
-    if CAUSAL:
+    if CAUSAL != "none":
+        # Row n sees the keys up to n + offset.
+        offset = seqlen_k - seqlen_q if CAUSAL == "bottom_right" else 0
         visible = tl.minimum(row + offset + 1, seqlen_k)
         seen_by_all = tl.maximum(tl.minimum(tile * BLOCK_N + offset + 1, seqlen_k), 0)
         end = tl.maximum(tl.minimum((tile + 1) * BLOCK_N + offset, seqlen_k), 0)
@@ -307,8 +345,10 @@ def _attention_kernel(
     total = tl.zeros([BLOCK_N, SUMS], tl.float32)
     total_exact = tl.zeros([BLOCK_N], tl.float32)
     accumulated = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    key += batch * key_stride_b + head_kv * key_stride_h
-    value += batch * value_stride_b + head_kv * value_stride_h
+    key += batch * key_stride_b + head_kv * key_stride_h + first_k * key_stride_n
+    value += batch * value_stride_b + head_kv * value_stride_h + first_k * value_stride_n
+    key_scales += (batch * heads_kv + head_kv) * key_groups
+    key_scales += _first_scale(first_k, sequence, KEY_BLOCK, KEY_SPAN, KEY_LANE_ROWS, PACKED)
     mask += batch * mask_stride_b + head_q * mask_stride_h
     for HIDES in tl.static_range(2):
         accumulated, total, total_exact, top = _attend(
@@ -325,11 +365,11 @@ def _attention_kernel(
             key,
             key_stride_n,
             key_stride_d,
-            key_scales + key_head * key_groups,
+            key_scales,
             value,
             value_stride_n,
             value_stride_d,
-            score_bias + head * seqlen_k,
+            score_bias + head * rows_k + first_k,
             mask,
             mask_stride_n,
             mask_stride_m,
@@ -356,22 +396,22 @@ def _attention_kernel(
     is_channel = channel_v < channels_v
     total = tl.max(total, axis=1)
     result = accumulated / total[:, None]
+    of_head = (sequence * heads_kv + head_kv) * channels_v + channel_v
     if HAS_VALUE_SCALES:
-        at = value_scales + key_head * channels_v + channel_v
-        result = result * tl.load(at, mask=is_channel, other=0.0)[None, :]
+        result *= tl.load(value_scales + of_head, mask=is_channel, other=0.0)[None, :]
     if HAS_VALUE_MEAN:
-        at = value_mean + key_head * channels_v + channel_v
-        result = result + tl.load(at, mask=is_channel, other=0.0)[None, :]
+        result += tl.load(value_mean + of_head, mask=is_channel, other=0.0)[None, :]
     result = tl.where((total == 0.0)[:, None], 0.0, result)
-    at = output + batch * output_stride_b + head_q * output_stride_h
+    at = output + batch * output_stride_b + head_q * output_stride_h + first_q * output_stride_n
     at += row.to(tl.int64)[:, None] * output_stride_n + channel_v[None, :]
     tl.store(at, result.to(output.dtype.element_ty), mask=is_row[:, None] & is_channel[None, :])
     if WANTS_LSE:
+        at_row = head * rows_q + first_q + row
         natural = (top + tl.log2(total_exact)) * NATURAL
         if HAS_LSE_SHIFT:
-            natural += tl.load(lse_shift + head * seqlen_q + row, mask=is_row, other=0.0)
+            natural += tl.load(lse_shift + at_row, mask=is_row, other=0.0)
         natural = tl.where(total_exact == 0.0, float("-inf"), natural)
-        tl.store(lse + head * seqlen_q + row, natural, mask=is_row)
+        tl.store(lse + at_row, natural, mask=is_row)
 
 
 class Tile(NamedTuple):
@@ -429,8 +469,9 @@ def attention(
     # An int8 product needs 32 channels, a 16-bit one 16 columns.
     block_d, block_dv = max(32, padded(d)), max(16, padded(dv))
     tile = tile_for(block_d, block_dv, output.device)
-    tiles = -(-n // tile.rows)
-    if b * heads * tiles == 0:
+    packed = query.packed
+    units = triton_packed.units(n, tile.rows, packed)
+    if b * heads * units == 0:
         return
     mask_kind, mask = "none", query.codes
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -441,8 +482,9 @@ def attention(
         if mask_kind == "bool":
             mask = mask.view(torch.uint8)
     arguments: dict[str, Any] = {
+        "PACKED": packed is not None,
         "IS_NEGATIVE": scale < 0,
-        "CAUSAL": causal != "none",
+        "CAUSAL": causal,
         "MASK": mask_kind,
         "HAS_BIAS": keys.score_bias is not None,
         "HAS_VALUE_SCALES": values.scales is not None,
@@ -456,8 +498,10 @@ def attention(
         "EVEN_D": block_d == d,
         "EVEN_DV": block_dv == dv,
         "WIDE": max(_reach(x.codes, tile) for x in (keys, values)) >= 2**31,
+        "QUERY_BLOCK": query.groups.block,
         "QUERY_SPAN": query.groups.span,
         "QUERY_LANE_ROWS": query.groups.lane_rows,
+        "KEY_BLOCK": keys.groups.block,
         "KEY_SPAN": keys.groups.span,
         "KEY_LANE_ROWS": keys.groups.lane_rows,
         "BASE2": LOG2_E,
@@ -468,7 +512,9 @@ def attention(
         "num_stages": tile.stages,
     }
     unused = query.scales
-    _attention_kernel[(b * heads * tiles,)](
+    starts_q, count, longest_q = triton_packed.arguments(packed, unused)
+    starts_k, _, longest_k = triton_packed.arguments(keys.packed, unused)
+    _attention_kernel[(b * heads * units,)](
         query.codes,
         query.scales,
         keys.codes,
@@ -481,6 +527,8 @@ def attention(
         output,
         unused if lse is None else lse,
         unused if lse_shift is None else lse_shift,
+        starts_q,
+        starts_k,
         *keys.codes.stride(),
         *values.codes.stride(),
         *mask_strides,
@@ -493,8 +541,10 @@ def attention(
         dv,
         query.scales.shape[2],
         keys.scales.shape[2],
-        tiles,
+        units,
+        count,
+        longest_q,
+        longest_k,
         abs(scale) * LOG2_E,
-        m - n if causal == "bottom_right" else 0,
         **arguments,
     )

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sage.ops import checks, schemas, triton_attention, triton_quantize
+from torch_sage.ops import (
+    checks,
+    schemas,
+    triton_attention,
+    triton_packed,
+    triton_quantize,
+    triton_statistics,
+)
 from torch_sage.ops.triton_attention import LOG2_E, Keys, Query, Values
+from torch_sage.ops.triton_packed import Packed
 from torch_sage.ops.triton_quantize import Groups
 from torch_sage.recipes import Recipe, rows_of_type
 
@@ -46,8 +54,9 @@ def quantize_value(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return 16-bit codes, scales (1, or NaN for a channel that is not finite) and mean of V."""
     codes, scales, mean = schemas.quantize_value(**arguments)
     value = arguments["value"]
-    center = _center(value, arguments, mean)
-    _round_value(value, center, codes, scales)
+    with _device_of(value):
+        center = _center(value, arguments, mean)
+    triton_quantize.round_rows(value, center, codes, scales)
     return codes, scales, mean
 
 
@@ -75,12 +84,61 @@ def sdpa_with_lse(**arguments: Any) -> tuple[Tensor, Tensor]:
     return _attend_whole(output, lse, **arguments), lse
 
 
+def varlen_sdpa(**arguments: Any) -> Tensor:
+    """Quantize packed sequences, each by itself, and attend."""
+    _refuse_foreign_recipe(arguments)
+    output = schemas.varlen_sdpa(**arguments)
+    _attend_packed(output, None, **arguments)
+    return output
+
+
+def varlen_sdpa_with_lse(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """Attend as ``varlen_sdpa``, and return the LSE too."""
+    _refuse_foreign_recipe(arguments)
+    output, lse = schemas.varlen_sdpa_with_lse(**arguments)
+    _attend_packed(output, lse, **arguments)
+    return output, lse
+
+
 def _refuse_foreign_recipe(arguments: dict[str, Any]) -> None:
     """Refuse recipes that the fake of the whole op takes, because some other kernel has them."""
     rows = rows_of_type(arguments["query"].device.type, parts=True)
     recipe = Recipe.of_op(arguments).op_kwargs()
     if problems := checks.recipe_problems(dict.fromkeys(rows, recipe)):
         raise ValueError("; ".join(problems))
+
+
+def _attend_packed(
+    output: Tensor,
+    lse: Tensor | None,
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **arguments: Any,
+) -> None:
+    """Fill output and LSE; what is new there has the result of rows that see no key."""
+    output.zero_()
+    if lse is not None:
+        lse.fill_(-math.inf)
+    if cu_seqlens_q.shape[0] == 1:
+        return  # no sequence
+    q, k, v, out = (x.transpose(0, 1)[None] for x in (query, key, value, output))
+    _attend_whole(
+        out,
+        None if lse is None else lse[None],
+        query=q,
+        key=k,
+        value=v,
+        queries=Packed(cu_seqlens_q.contiguous(), min(max_seqlen_q, q.shape[2])),
+        keys=Packed(cu_seqlens_k.contiguous(), min(max_seqlen_k, k.shape[2])),
+        attn_mask=None,
+        **arguments,
+    )
 
 
 def _attend_whole(
@@ -94,24 +152,28 @@ def _attend_whole(
     granularity: str,
     pv: str,
     smooth: str,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     **semantics: Any,
 ) -> Tensor:
     scale = _softmax_scale(query, scale)
+    heads = query.shape[1]
     with _device_of(query):
-        key_mean = triton_quantize.token_mean(key) if "k" in smooth else None
-        query_mean = triton_quantize.finite_token_mean(query) if "q" in smooth else None
-        bias = None
-        if query_mean is not None:
+        key_mean = triton_statistics.token_mean(key, keys) if "k" in smooth else None
+        query_mean = bias = None
+        if "q" in smooth:
+            query_mean = triton_statistics.finite_token_mean(query, queries)
             bias = triton_quantize.dot_rows(
-                key, key_mean, query_mean, query.shape[1], scale * LOG2_E
+                key, key_mean, query_mean, heads, scale * LOG2_E, keys
             )
         groups = triton_quantize.key_groups(granularity, _BLOCK_K)
-        count = schemas.key_groups(key.shape[2], granularity, _BLOCK_K)
-        codes, scales = _quantize_rows(key, key_mean, groups, count)
-        values = _whole_values(value, pv, "v" in smooth)
-        quantized = _quantize_query(query, query_mean, granularity)
-        keys = Keys(codes, scales, groups, bias)
-        return _attend(query, quantized, keys, values, key_mean, scale, output, lse, semantics)
+        codes, scales = _quantize_rows(key, key_mean, groups, keys)
+        values = _whole_values(value, pv, "v" in smooth, keys)
+        quantized = _quantize_query(query, query_mean, granularity, queries)
+        quantized_keys = Keys(codes, scales, groups, bias, keys)
+        return _attend(
+            query, quantized, quantized_keys, values, key_mean, scale, output, lse, semantics
+        )
 
 
 def _attend_quantized(
@@ -140,41 +202,33 @@ def _attend_quantized(
         return _attend(query, quantized, keys, values, key_mean, scale, output, lse, semantics)
 
 
-def _whole_values(value: Tensor, pv: str, smooth: bool) -> Values:
+def _whole_values(value: Tensor, pv: str, smooth: bool, packed: Packed | None) -> Values:
     """Return V for one use: as it is where its format and range allow."""
     if not smooth and (value.dtype == checks.HALVES[pv] or pv == "bf16"):
         # What is not finite reaches the output through the product itself.
         return Values(value.to(checks.HALVES[pv]), None, None)
-    codes, scales, _ = schemas.quantize_value(value, smooth=smooth, pv=pv)
-    center = triton_quantize.token_mean(value) if smooth else None
-    _round_value(value, center, codes, scales)
-    return Values(codes, scales, center)
+    mean = triton_statistics.token_mean(value, packed) if smooth else None
+    codes = value.new_empty(value.shape, dtype=checks.HALVES[pv])
+    _, h, _, d = value.shape
+    scales = value.new_empty((triton_packed.count(value, packed), h, d), dtype=torch.float32)
+    triton_quantize.round_rows(value, mean, codes, scales, packed)
+    return Values(codes, scales, mean)
 
 
-def _round_value(value: Tensor, center: Tensor | None, codes: Tensor, scales: Tensor) -> None:
-    """Fill the codes of V and scales that are 1, or NaN for a channel that is not finite."""
-    x = value.float() if center is None else value.float() - center[:, :, None]
-    largest = x.abs().amax(2) if x.shape[2] else torch.zeros_like(scales)
-    limit = torch.finfo(codes.dtype)
-    # bfloat16 has the range of fp32; what fp16 rounds to infinity poisons its channel.
-    is_finite = (largest.half() if codes.dtype == torch.float16 else largest).isfinite()
-    codes.copy_(torch.where(is_finite[:, :, None], x.clamp(limit.min, limit.max), 0.0))
-    scales.copy_(torch.where(is_finite, 1.0, torch.nan))
-
-
-def _quantize_query(query: Tensor, mean: Tensor | None, granularity: str) -> Query:
+def _quantize_query(
+    query: Tensor, mean: Tensor | None, granularity: str, packed: Packed | None = None
+) -> Query:
     groups = triton_quantize.query_groups(granularity, _BLOCK_Q, _WARP)
-    count = schemas.query_groups(query.shape[2], granularity, _BLOCK_Q, _WARP)
-    return Query(*_quantize_rows(query, mean, groups, count), groups)
+    return Query(*_quantize_rows(query, mean, groups, packed), groups, packed)
 
 
 def _quantize_rows(
-    x: Tensor, mean: Tensor | None, groups: Groups, count: checks.Size
+    x: Tensor, mean: Tensor | None, groups: Groups, packed: Packed | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes of ``x`` and their ``count`` scales per head; nothing is checked."""
+    """Return the codes of ``x`` and their scales; nothing is checked."""
     codes = x.new_empty(x.shape, dtype=torch.int8)
-    scales = x.new_empty((*x.shape[:2], count), dtype=torch.float32)
-    triton_quantize.quantize_rows(x, mean, groups, codes, scales)
+    scales = x.new_empty((*x.shape[:2], groups.count(x.shape[2], packed)), dtype=torch.float32)
+    triton_quantize.quantize_rows(x, mean, groups, codes, scales, packed)
     return codes, scales
 
 
@@ -191,7 +245,9 @@ def _attend(
 ) -> Tensor:
     shift = None
     if lse is not None and key_mean is not None:
-        shift = triton_quantize.dot_rows(query, None, key_mean, query.shape[1], scale)
+        shift = triton_quantize.dot_rows(
+            query, None, key_mean, query.shape[1], scale, quantized.packed
+        )
     triton_attention.attention(
         quantized,
         keys,
@@ -216,7 +272,7 @@ def _center(x: Tensor, arguments: dict[str, Any], mean: Tensor) -> Tensor | None
         mean.zero_()
         return None
     given = arguments["mean"]
-    return mean.copy_(triton_quantize.token_mean(x) if given is None else given)
+    return mean.copy_(triton_statistics.token_mean(x) if given is None else given)
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device:

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_sage.ops import triton_packed
+from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
+from torch_sage.ops.triton_statistics import ordered_sum, padded, token_amax
 from torch_sage.reference.quantize import TOKEN_BLOCK
 
 LARGEST_CODE = 127
@@ -30,11 +33,6 @@ def launch_options(tile: int, channels: int) -> dict[str, Any]:
     return {"enable_fp_fusion": False, "num_warps": 8 if tile * channels > 8192 else 4}
 
 
-def padded(channels: int) -> int:
-    """Return the least power of two that has room for ``channels``."""
-    return 1 << (channels - 1).bit_length()
-
-
 class Groups(NamedTuple):
     """Which rows share a scale (algorithm.md 2.2), in one closed form.
 
@@ -45,6 +43,15 @@ class Groups(NamedTuple):
     block: int
     span: int
     lane_rows: int
+
+    @property
+    def per_block(self) -> int:
+        """Scales of a block."""
+        return self.block // self.span * (8 // self.lane_rows)
+
+    def count(self, rows: int, packed: Packed | None) -> int:
+        """Return how many scales a head has."""
+        return triton_packed.units(rows, self.block, packed) * self.per_block
 
 
 def query_groups(granularity: str, block: int, warp: int) -> Groups:
@@ -87,28 +94,13 @@ def _require_powers(**sizes: int) -> None:
             raise ValueError(f"{name} must be a power of two from 8 on for Triton, got {size}")
 
 
-def token_mean(x: Tensor) -> Tensor:
-    """Return the fp32 mean over tokens [B, H, D] of ``x`` [B, H, N, D]; 0 if there is no token."""
-    if x.shape[2] == 0:
-        return x.new_zeros((*x.shape[:2], x.shape[3]), dtype=torch.float32)
-    return x.mean(2, dtype=torch.float32)
-
-
-def finite_token_mean(query: Tensor) -> Tensor:
-    """Return ``token_mean`` with 0 for a channel that is not finite.
-
-    Any vector may be subtracted from the queries; so one bad row does not poison the others.
-    """
-    mean = token_mean(query)
-    return torch.where(mean.isfinite(), mean, 0.0)
-
-
-@triton.jit(do_not_specialize=("heads", "rows", "tiles", "groups"))
+@triton.jit(do_not_specialize=(*triton_packed.UNSPECIALIZED, "groups"))
 def _rows_kernel(
     x,  # [B, H, N, D], any strides
-    mean,  # [B, H, D] fp32
+    mean,  # [sequences, H, D] fp32
     codes,  # [B, H, N, D] int8
     scales,  # [B, H, groups] fp32
+    starts,
     stride_b,
     stride_h,
     stride_n,
@@ -116,10 +108,14 @@ def _rows_kernel(
     heads,
     rows,
     channels,
-    tiles,
+    units,
+    count,
+    longest,
     groups,
+    PACKED: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
     LANE_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,29 +125,36 @@ def _rows_kernel(
     ROUNDER: tl.constexpr,
     INFINITY: tl.constexpr,
 ):
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    head = (tl.program_id(0) // units).to(tl.int64)
+    batch, index = head // heads, head % heads
+    sequence, tile = find_tile(
+        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
+    )
+    first, length = span_of(starts, sequence, rows, longest, PACKED)
     row = tile * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_D)
-    is_inside = (row < rows)[:, None] & (channel < channels)[None, :]
-    base = x + (head // heads) * stride_b + (head % heads) * stride_h
+    is_inside = (row < length)[:, None] & (channel < channels)[None, :]
+    x += batch * stride_b + index * stride_h + first * stride_n
     offsets = row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
-    value = tl.load(base + offsets, mask=is_inside, other=0.0).to(tl.float32)
+    value = tl.load(x + offsets, mask=is_inside, other=0.0).to(tl.float32)
     if HAS_MEAN:
-        center = tl.load(mean + head * channels + channel, mask=channel < channels, other=0.0)
+        mean += (sequence * heads + index) * channels
+        center = tl.load(mean + channel, mask=channel < channels, other=0.0)
         value = tl.where(is_inside, value - center[None, :], 0.0)
 
     # As integers NaN > Inf > finite: the maximum is exact and propagates what is not finite.
     bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax_bits = tl.max(bits, axis=1)
+    spans: tl.constexpr = TILE // SPAN
+    lanes: tl.constexpr = 8 // LANE_ROWS
+    own = first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * lanes)
+    scales += head * groups
     if SPAN > 1:
-        spans: tl.constexpr = TILE // SPAN
-        lanes: tl.constexpr = 8 // LANE_ROWS
         by_lane = tl.reshape(amax_bits, [spans, SPAN // 8, lanes, LANE_ROWS])
         by_lane = tl.max(tl.max(by_lane, axis=3), axis=1)
-        group = tile * (spans * lanes) + tl.arange(0, spans * lanes)
+        group = own + tile * (spans * lanes) + tl.arange(0, spans * lanes)
         amax, scale = _scale(tl.reshape(by_lane, [spans * lanes]), SCALE, FLOOR, INFINITY)
-        tl.store(scales + head * groups + group, scale, mask=group < groups)
+        tl.store(scales + group, scale, mask=group < groups)
         everywhere = tl.broadcast_to(
             tl.reshape(by_lane, [spans, 1, lanes, 1]), [spans, SPAN // 8, lanes, LANE_ROWS]
         )
@@ -159,7 +162,7 @@ def _rows_kernel(
         amax, scale = _scale(amax_bits, SCALE, FLOOR, INFINITY)
     else:
         amax, scale = _scale(amax_bits, SCALE, FLOOR, INFINITY)
-        tl.store(scales + head * groups + row, scale, mask=row < rows)
+        tl.store(scales + own + row, scale, mask=row < length)
 
     inverse = tl.div_rn(tl.full([TILE], LARGEST, tl.float32), amax)
     scaled = value * inverse[:, None]
@@ -167,8 +170,8 @@ def _rows_kernel(
     rounded = tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
     is_finite = amax_bits < INFINITY
     code = tl.where(is_finite[:, None], rounded, 0.0).to(tl.int8)
-    target = codes + head * rows * channels
-    tl.store(target + row.to(tl.int64)[:, None] * channels + channel[None, :], code, mask=is_inside)
+    codes += (head * rows + first) * channels
+    tl.store(codes + row.to(tl.int64)[:, None] * channels + channel[None, :], code, mask=is_inside)
 
 
 @triton.jit
@@ -181,31 +184,41 @@ def _scale(amax_bits, SCALE: tl.constexpr, FLOOR: tl.constexpr, INFINITY: tl.con
 
 
 def quantize_rows(
-    x: Tensor, mean: Tensor | None, groups: Groups, codes: Tensor, scales: Tensor
+    x: Tensor,
+    mean: Tensor | None,
+    groups: Groups,
+    codes: Tensor,
+    scales: Tensor,
+    packed: Packed | None = None,
 ) -> None:
-    """Quantize the rows of ``x`` [B, H, N, D] around ``mean`` [B, H, D].
+    """Quantize the rows of ``x`` [B, H, N, D] around ``mean`` [sequences, H, D].
 
     Fills int8 ``codes`` [B, H, N, D] and fp32 ``scales`` [B, H, groups], both contiguous.
     """
     b, h, n, d = x.shape
     tile = _TILE_ROWS if groups.span == 1 else groups.block
-    tiles = -(-n // tile)
+    units = triton_packed.units(n, tile, packed)
     block_d = padded(d)
-    if b * h * tiles == 0:
+    if b * h * units == 0:
         return
-    _rows_kernel[(b * h * tiles,)](
+    starts, *lengths = triton_packed.arguments(packed, x)
+    _rows_kernel[(b * h * units,)](
         x,
         x if mean is None else mean,
         codes,
         scales,
+        starts,
         *x.stride(),
         h,
         n,
         d,
-        tiles,
+        units,
+        *lengths,
         scales.shape[2],
+        PACKED=packed is not None,
         HAS_MEAN=mean is not None,
         TILE=tile,
+        BLOCK=groups.block,
         SPAN=groups.span,
         LANE_ROWS=groups.lane_rows,
         BLOCK_D=block_d,
@@ -218,12 +231,104 @@ def quantize_rows(
     )
 
 
-@triton.jit(do_not_specialize=("heads", "heads_x", "heads_vector", "rows", "tiles"))
+@triton.jit(do_not_specialize=triton_packed.UNSPECIALIZED)
+def _round_kernel(
+    x,  # [B, H, N, D], any strides
+    mean,  # [sequences, H, D] fp32
+    scales,  # [sequences, H, D] fp32
+    codes,  # [B, H, N, D] bfloat16 or float16
+    starts,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_d,
+    heads,
+    rows,
+    channels,
+    units,
+    count,
+    longest,
+    PACKED: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    head = (tl.program_id(0) // units).to(tl.int64)
+    batch, index = head // heads, head % heads
+    sequence, tile = find_tile(
+        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
+    )
+    first, length = span_of(starts, sequence, rows, longest, PACKED)
+    row = tile * TILE + tl.arange(0, TILE)
+    channel = tl.arange(0, BLOCK_D)
+    is_channel = channel < channels
+    is_inside = (row < length)[:, None] & is_channel[None, :]
+    x += batch * stride_b + index * stride_h + first * stride_n
+    offsets = row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
+    value = tl.load(x + offsets, mask=is_inside, other=0.0).to(tl.float32)
+    of_head = (sequence * heads + index) * channels + channel
+    if HAS_MEAN:
+        value -= tl.load(mean + of_head, mask=is_channel, other=0.0)[None, :]
+    scale = tl.load(scales + of_head, mask=is_channel, other=1.0)
+    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
+    value = tl.where((scale == scale)[None, :], value, 0.0)
+    if codes.dtype.element_ty == tl.bfloat16:
+        # Rounded to nearest, ties to even, as a GPU does; Triton's interpreter would cut off.
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -0x10000).to(tl.float32, bitcast=True)
+    codes += (head * rows + first) * channels
+    at = codes + row.to(tl.int64)[:, None] * channels + channel[None, :]
+    tl.store(at, value.to(codes.dtype.element_ty), mask=is_inside)
+
+
+def round_rows(
+    x: Tensor, mean: Tensor | None, codes: Tensor, scales: Tensor, packed: Packed | None = None
+) -> None:
+    """Round ``x - mean`` to the 16 bits of ``codes`` [B, H, N, D], which is contiguous.
+
+    Fills ``codes`` and fp32 ``scales`` [sequences, H, D] with 1, or NaN for a channel that is not
+    finite, whose codes are 0.
+    """
+    b, h, n, d = x.shape
+    amax = token_amax(x, mean, packed)
+    # bfloat16 has the range of fp32; what fp16 rounds to infinity poisons its channel.
+    is_finite = (amax.half() if codes.dtype == torch.float16 else amax).isfinite()
+    scales.copy_(torch.where(is_finite, 1.0, torch.nan))
+    units = triton_packed.units(n, _TILE_ROWS, packed)
+    block_d = padded(d)
+    if b * h * units == 0:
+        return
+    starts, *lengths = triton_packed.arguments(packed, x)
+    _round_kernel[(b * h * units,)](
+        x,
+        x if mean is None else mean,
+        scales,
+        codes,
+        starts,
+        *x.stride(),
+        h,
+        n,
+        d,
+        units,
+        *lengths,
+        PACKED=packed is not None,
+        HAS_MEAN=mean is not None,
+        TILE=_TILE_ROWS,
+        BLOCK_D=block_d,
+        LARGEST=torch.finfo(codes.dtype).max,
+        **launch_options(_TILE_ROWS, block_d),
+    )
+
+
+@triton.jit(do_not_specialize=(*triton_packed.UNSPECIALIZED, "heads_x", "heads_vector"))
 def _dot_kernel(
     x,  # [B, Hx, N, D], any strides
-    mean,  # [B, Hx, D] fp32, subtracted from x
-    vector,  # [B, Hv, D] fp32
+    mean,  # [sequences, Hx, D] fp32, subtracted from x
+    vector,  # [sequences, Hv, D] fp32
     out,  # [B, H, N] fp32
+    starts,
     factor,
     stride_b,
     stride_h,
@@ -234,50 +339,65 @@ def _dot_kernel(
     heads_vector,
     rows,
     channels,
-    tiles,
+    units,
+    count,
+    longest,
+    PACKED: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    head = (tl.program_id(0) // tiles).to(tl.int64)
+    head = (tl.program_id(0) // units).to(tl.int64)
     batch, index = head // heads, head % heads
+    sequence, tile = find_tile(
+        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
+    )
+    first, length = span_of(starts, sequence, rows, longest, PACKED)
     head_x = index // (heads // heads_x)
     head_vector = index // (heads // heads_vector)
-    row = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
+    row = tile * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_D)
     is_channel = channel < channels
+    x += batch * stride_b + head_x * stride_h + first * stride_n
     offsets = row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
-    value = tl.load(
-        x + batch * stride_b + head_x * stride_h + offsets,
-        mask=(row < rows)[:, None] & is_channel[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    is_inside = (row < length)[:, None] & is_channel[None, :]
+    value = tl.load(x + offsets, mask=is_inside, other=0.0).to(tl.float32)
     if HAS_MEAN:
-        mean += (batch * heads_x + head_x) * channels
+        mean += (sequence * heads_x + head_x) * channels
         value -= tl.load(mean + channel, mask=is_channel, other=0.0)[None, :]
-    vector += (batch * heads_vector + head_vector) * channels
+    vector += (sequence * heads_vector + head_vector) * channels
     weight = tl.load(vector + channel, mask=is_channel, other=0.0)
-    dot = tl.sum(value * weight[None, :], axis=1) * factor
-    tl.store(out + head * rows + row, dot, mask=row < rows)
+    dot = ordered_sum(value * weight[None, :], TILE, STEPS) * factor
+    tl.store(out + head * rows + first + row, dot, mask=row < length)
 
 
-def dot_rows(x: Tensor, mean: Tensor | None, vector: Tensor, heads: int, factor: float) -> Tensor:
+def dot_rows(
+    x: Tensor,
+    mean: Tensor | None,
+    vector: Tensor,
+    heads: int,
+    factor: float,
+    packed: Packed | None = None,
+) -> Tensor:
     """Return ``factor * (x - mean) . vector`` of every row, fp32 [B, heads, N].
 
-    ``x`` [B, Hx, N, D] and ``mean`` [B, Hx, D], or ``vector`` [B, Hv, D], may have fewer heads;
-    each then serves heads / Hx, or heads / Hv, heads of the result.
+    ``x`` [B, Hx, N, D] and ``mean`` [sequences, Hx, D], or ``vector`` [sequences, Hv, D], may have
+    fewer heads; each then serves heads / Hx, or heads / Hv, heads of the result.
     """
     b, heads_x, n, d = x.shape
     out = x.new_empty((b, heads, n), dtype=torch.float32)
-    tiles = -(-n // _TILE_ROWS)
+    units = triton_packed.units(n, _TILE_ROWS, packed)
     block_d = padded(d)
-    if b * heads * tiles == 0:
+    if b * heads * units == 0:
         return out
-    _dot_kernel[(b * heads * tiles,)](
+    starts, *lengths = triton_packed.arguments(packed, x)
+    _dot_kernel[(b * heads * units,)](
         x,
         x if mean is None else mean,
         vector,
         out,
+        starts,
         factor,
         *x.stride(),
         heads,
@@ -285,10 +405,13 @@ def dot_rows(x: Tensor, mean: Tensor | None, vector: Tensor, heads: int, factor:
         vector.shape[1],
         n,
         d,
-        tiles,
+        units,
+        *lengths,
+        PACKED=packed is not None,
         HAS_MEAN=mean is not None,
         TILE=_TILE_ROWS,
         BLOCK_D=block_d,
+        STEPS=block_d.bit_length() - 1,
         **launch_options(_TILE_ROWS, block_d),
     )
     return out

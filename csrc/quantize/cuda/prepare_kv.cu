@@ -8,15 +8,19 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 
 #include "attention/sm90/ptx.cuh"
+#include "common/packed.cuh"
 #include "cuda/error.h"
 #include "quantize/cuda/extremes.cuh"
 #include "quantize/cuda/prepared.h"
 #include "quantize/cuda/rotary.cuh"
 #include "quantize/cuda/rules.cuh"
+#include "quantize/cuda/unattended.cuh"
 #include "quantize/cuda/words.cuh"
 
 namespace torch_sage {
@@ -24,7 +28,8 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 256;
+template <int kWidth>
+constexpr int kThreads = kWidth > 128 ? 512 : 256;
 constexpr int kSamples = 32;
 
 // Eight adjacent elements, as the words they came in.
@@ -100,14 +105,14 @@ constexpr int kQueryHeads = 4, kQueryRows = 64;
 static_assert(kQueryBlock % kQueryRows == 0);
 
 __host__ __device__ int query_blocks(const PrepareParams& p) {
-  return p.batch * ((p.query.heads + kQueryHeads - 1) / kQueryHeads) * p.query.blocks() *
-         (kQueryBlock / kQueryRows);
+  return p.batch * ((p.query.heads + kQueryHeads - 1) / kQueryHeads) *
+         static_cast<int>(p.query.prepared.rows / kQueryRows);
 }
 
 // Codes and scales of some rows of a query, which are normed and rotated first.
 template <Pairing kPairing, int kWidth, typename Element>
 __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index) {
-  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads / kLanes;
+  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads<kWidth> / kLanes;
   const QueryParams& q = p.query;
   if (index >= query_blocks(p)) return;
   // Blocks that run together share rows, and so the tables in the cache.
@@ -116,7 +121,6 @@ __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index)
   const int first = index / groups / p.batch * kQueryRows;
   const int column = threadIdx.x % kLanes * 8;
   const Element* rows = static_cast<const Element*>(q.query) + batch * q.rows.stride_b + column;
-  const int64_t padded = static_cast<int64_t>(q.blocks()) * kQueryBlock;
 #pragma unroll 1
   for (int i = 0; i < kQueryRows / kRowsAtOnce; i++) {
     const int row = first + i * kRowsAtOnce + threadIdx.x / kLanes;
@@ -146,11 +150,10 @@ __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index)
       float scaled[8];
 #pragma unroll
       for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[h][c], inverse);
-      const int64_t at = (static_cast<int64_t>(batch) * q.heads + head) * padded + row;
+      const int64_t at = (static_cast<int64_t>(batch) * q.heads + head) * q.prepared.rows + row;
       if (column == 0) q.prepared.scales[at] = __fmul_rn(scale.scale, fabsf(q.scale) * kLog2E);
-      *reinterpret_cast<uint2*>(q.prepared.codes + at * kWidth +
-                                sm90::swizzled<kWidth>(column / 16, row) * 16 + column % 16) =
-          codes_of(scaled);
+      *reinterpret_cast<uint2*>(q.prepared.codes + (at - row) * kWidth +
+                                sm90::image_place<kWidth>(row, column)) = codes_of(scaled);
     }
   }
 }
@@ -182,32 +185,69 @@ __device__ __forceinline__ float fold_16_lanes(float (&x)[8], int lane, Fold fol
 
 // Tokens of a block: so many that a thread has the same number of elements at any width.
 template <int kWidth>
-constexpr int kTokens = kKeyBlock128 * 128 / kWidth;
+constexpr int kTokens = kThreads<kWidth> * 64 / kWidth;
 template <int kWidth>
 constexpr int kBlocks = kValueGroup / kTokens<kWidth>;
 
-// Warps that share the tokens of a group in a channel of V.
+// Warps that share the tokens of a block in a channel of V, and those of a group.
 template <int kWidth>
-constexpr int kShares = kBlocks<kWidth> * (128 / kWidth);
+constexpr int kShares = kThreads<kWidth> / 32 / (kWidth / 16);
+template <int kWidth>
+constexpr int kAllShares = kBlocks<kWidth> * kShares<kWidth>;
 
 template <int kWidth>
 struct Shared {
-  float samples[kThreads / (kWidth / 8)][kWidth];  // of K: partial sums
+  union {
+    float samples[kThreads<kWidth> / (kWidth / 8)][kWidth];  // of K: partial sums
+    float error[kAllShares<kWidth>][kWidth];                 // of V, later
+  };
   float key_mean[kWidth];
   uint32_t key_amax[kTokens<kWidth> / kKeyBlock128][4];
   // What every block of the cluster has written, here: nobody reads another's memory, so that a
   // block may leave as soon as it has written.
-  float sum[kShares<kWidth>][kWidth], low[kShares<kWidth>][kWidth], high[kShares<kWidth>][kWidth];
-  float error[kShares<kWidth>][kWidth];
+  float sum[kAllShares<kWidth>][kWidth], low[kAllShares<kWidth>][kWidth];
+  float high[kAllShares<kWidth>][kWidth];
   float center[kWidth];
   float scale[kWidth], inverse[kWidth];
 };
 
-template <int kWidth, typename Element, Pairing kPairing>
-__global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
-    __cluster_dims__(kBlocks<kWidth>, 1, 1)
-        prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
+// The 1024 keys of a head that a cluster has, in their sequence, which is a batch entry or one of
+// those that are packed.
+struct Group {
+  int batch, head;
+  int64_t mean;  // row of key_mean
+  int seqlen, number;
+  int first_row;                    // of the tensors: where the sequence starts
+  int64_t first_tile, first_group;  // of the sequence
+};
+
+// The group may be one beyond the sequence.
+template <bool kIsPacked>
+__device__ __forceinline__ Group find_group(const PrepareParams& p, int cluster) {
+  // Of all heads the same tokens first, which share the tables and may lie side by side.
+  const int heads = p.batch * p.heads, head = cluster % heads, number = cluster / heads;
+  const int64_t tile = head * p.kv.tiles, group = head * p.kv.groups;
+  if constexpr (kIsPacked) {
+    const int sequence = find_sequence(p.kv.packed, number, kValueGroup);
+    const Span keys = span_of(p.kv.packed, sequence);
+    const int first = first_unit(keys.first, sequence, kValueGroup);
+    return {0,
+            head,
+            static_cast<int64_t>(sequence) * heads + head,
+            keys.length,
+            number - first,
+            keys.first,
+            tile + 2 * first_unit(keys.first, sequence, kKeyBlock128),
+            group + first};
+  }
+  return {head / p.heads, head % p.heads, head, p.kv.seqlen, number, 0, tile, group};
+}
+
+template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked>
+__global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWidth <= 128 ? 2 : 1)
+    prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
   constexpr int kTokens = torch_sage::kTokens<kWidth>, kBlocks = torch_sage::kBlocks<kWidth>;
+  constexpr int kThreads = torch_sage::kThreads<kWidth>, kShares = torch_sage::kShares<kWidth>;
   constexpr int kLanes = kWidth / 8;  // threads that share a row of K
   constexpr int kRowsAtOnce = kThreads / kLanes;
   constexpr int kRounds = kTokens / kRowsAtOnce;
@@ -219,27 +259,40 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   sm90::let_next_kernel_start();
   if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
   if constexpr (kPairing != Pairing::kNone) {
-    const int of_keys = static_cast<int>(p.kv.groups()) * kBlocks * p.batch * p.heads;
+    const int of_keys = static_cast<int>(p.kv.groups) * kBlocks * p.batch * p.heads;
     if (blockIdx.x >= of_keys) {  // whole clusters
       prepare_query<kPairing, kWidth, Element>(p, blockIdx.x - of_keys);
       return;
     }
   }
   cg::cluster_group cluster = cg::this_cluster();
+  const int cluster_blocks = kIsPacked ? static_cast<int>(cluster.num_blocks()) : kBlocks;
+  const int rank = cluster.block_rank();
+  if constexpr (kIsPacked) {
+    const int of_keys = static_cast<int>(p.kv.groups) * cluster_blocks * p.heads;
+    if (blockIdx.x >= of_keys) {  // whole clusters
+      fill_unattended<kThreads, Element>(p.packed_output, p.kv.packed, blockIdx.x - of_keys);
+      return;
+    }
+  }
+  const Group group = find_group<kIsPacked>(p, blockIdx.x / cluster_blocks);
+  const int seqlen = group.seqlen;
+  const int count = min(kValueGroup, seqlen - group.number * kValueGroup);  // keys of the group
+  int blocks = kBlocks;                                                     // that have some
+  if constexpr (kIsPacked) {
+    blocks = (count + kTokens - 1) / kTokens;
+    if (group.number < 0 || rank >= blocks) return;
+  }
   // Another block's shared memory may be written to once that block runs.
   auto started = cluster.barrier_arrive();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int seqlen = p.kv.seqlen;
-  // Of all heads the same tokens first, which share the tables and may lie side by side.
-  const int heads = p.batch * p.heads, head = blockIdx.x / kBlocks % heads;
-  const int block = blockIdx.x / kBlocks / heads * kBlocks + blockIdx.x % kBlocks;
-  const int first = block * kTokens;  // token of the block
+  const int first = group.number * kValueGroup + rank * kTokens;  // token of the block
   const int valid = min(kTokens, seqlen - first);
-  const int64_t tiles = p.kv.tiles();
-  const Element* key = static_cast<const Element*>(p.key) + head / p.heads * p.key_stride_b +
-                       head % p.heads * p.key_stride_h;
-  const Element* value = static_cast<const Element*>(p.value) + head / p.heads * p.value_stride_b +
-                         head % p.heads * p.value_stride_h;
+  const int tiles = (seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;  // of the sequence
+  const Element* key = static_cast<const Element*>(p.key) + group.batch * p.key_stride_b +
+                       group.head * p.key_stride_h + group.first_row * p.key_stride_n;
+  const Element* value = static_cast<const Element*>(p.value) + group.batch * p.value_stride_b +
+                         group.head * p.value_stride_h + group.first_row * p.value_stride_n;
 
   // K: a thread has 8 channels of every kRowsAtOnce-th row.
   const int key_column = thread % kLanes * 8, key_row = thread / kLanes;
@@ -252,9 +305,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   }
   const auto rotate_key = [&](Vector8<Element>& x, int token) {
     if constexpr (kPairing != Pairing::kNone) {
-      const int batch = head / p.heads, inside = min(token, seqlen - 1);
-      const Angles angles = angles_of(p.key_rotary, batch, inside, key_column);
-      rotate<kPairing, kWidth>(x, p.key_rotary, angles, batch, head % p.heads, inside, key_column);
+      const int inside = min(token, seqlen - 1);
+      const Angles angles = angles_of(p.key_rotary, group.batch, inside, key_column);
+      rotate<kPairing, kWidth>(x, p.key_rotary, angles, group.batch, group.head, inside,
+                               key_column);
     }
   };
   // V: a thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
@@ -266,14 +320,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     return (first_panel + panel) * kKeyTile + quad / 4 * 16 + quad % 4 * 2 + (i & 1) + (i & 2) * 4;
   };
   Vector8<Element> v[kPanels][4];
+  const auto load_values = [&] {
 #pragma unroll
-  for (int panel = 0; panel < kPanels; panel++)
+    for (int panel = 0; panel < kPanels; panel++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = value_row(panel, i);
-      v[panel][i].load(value + (first + row) * p.value_stride_n + value_column,
-                       value_column < p.head_dim_v && row < valid);
-    }
+      for (int i = 0; i < 4; i++) {
+        const int row = value_row(panel, i);
+        v[panel][i].load(value + (first + row) * p.value_stride_n + value_column,
+                         value_column < p.head_dim_v && row < valid);
+      }
+  };
+  // A thread of 512 has no registers for fp32 K and V together.
+  constexpr bool kLoadsLate = kThreads == 512 && sizeof(Element) == 4;
+  if constexpr (!kLoadsLate) load_values();
 
 #pragma unroll
   for (int i = 0; i < kRounds; i++) rotate_key(k[i], first + i * kRowsAtOnce + key_row);
@@ -307,9 +366,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     shared.key_mean[thread] = is_finite(sum) ? sum : 0.f;
   }
   __syncthreads();
-  if (block == 0 && thread < p.key_mean_columns)
-    p.kv.key_mean[static_cast<int64_t>(head) * p.key_mean_columns + thread] =
-        shared.key_mean[thread];
+  if (first == 0 && thread < p.key_mean_columns)
+    p.kv.key_mean[group.mean * p.key_mean_columns + thread] = shared.key_mean[thread];
 
   // Amax of K. Rows of a thread share (row % 8) / 2, the index of their scale.
   const int scale_index = key_row % 8 / 2;
@@ -325,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
       for (int c = 0; c < 8; c++) amax = larger_of(amax, fabsf(k[i][c] - mean[c]));
     }
     uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
-    if constexpr (kLanes == 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
+    if constexpr (kLanes >= 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
 #pragma unroll
     for (int step = 8; step >= 1; step >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, step));
     if (lane % 16 == 0) atomicMax(&shared.key_amax[part][scale_index], bits);
@@ -334,14 +392,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   __syncthreads();
 
   // Codes of K.
-  const bool is_tile = first < tiles * kKeyTile;  // blocks of a cluster may lie behind the end
-  if (is_tile && thread < kTokens / kKeyBlock128 * 4) {
-    const int64_t at = head * (tiles / 2) + first / kKeyBlock128 + thread / 4;
-    if (at < (head + 1) * (tiles / 2))
-      p.kv.key_scales[at * 4 + thread % 4] =
-          scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
-  }
-  int8_t* key_image = p.kv.key_codes + (head * tiles + first / kKeyTile) * (kKeyTile * kWidth);
+  // Blocks of a cluster may lie behind the end.
+  if (thread < kTokens / kKeyBlock128 * 4 && first / kKeyBlock128 + thread / 4 < tiles / 2)
+    p.kv.key_scales[(group.first_tile / 2 + first / kKeyBlock128) * 4 + thread] =
+        scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
+  int8_t* key_image = p.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
   float inverse_of_key = 0;
 #pragma unroll
   for (int i = 0; i < kRounds; i++) {
@@ -355,15 +410,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     for (int c = 0; c < 8; c++) x[c] = __fmul_rn(k[i][c] - mean[c], inverse_of_key);
     uint2 codes = codes_of(x);
     if (row >= valid) codes = make_uint2(0, 0);
-    const int chunk = key_column / 16;
-    const int place = sm90::swizzled<kWidth>(chunk, row);
     if (first / kKeyTile + row / kKeyTile < tiles)
-      *reinterpret_cast<uint2*>(key_image + row * kWidth + place * 16 + key_column % 16) = codes;
+      *reinterpret_cast<uint2*>(key_image + sm90::image_place<kWidth>(row, key_column)) = codes;
   }
+  if constexpr (kLoadsLate) load_values();
 
   // Sum and extremes of V, where NaN passes through all of them.
   const int owned_column = value_column + lane % 8;
-  const int share = cluster.block_rank() * (128 / kWidth) + warp / kPairs;
+  const int share = rank * kShares + warp / kPairs;
   {
     float sum[8] = {}, low[8], high[8];
 #pragma unroll
@@ -389,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     const float folded_high = fold_16_lanes(high, lane, larger_of);
     cluster.barrier_wait(std::move(started));
     // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
-    for (int to = lane % 16 / 8; to < kBlocks; to += 2) {
+    for (int to = lane % 16 / 8; to < blocks; to += 2) {
       Shared<kWidth>* other = cluster.map_shared_rank(&shared, to);
       other->sum[share][owned_column] = folded_sum;
       other->low[share][owned_column] = folded_low;
@@ -398,16 +452,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   }
   cluster.sync();
 
-  const int64_t group_at = (head * p.kv.groups() + block / kBlocks) * kWidth;
+  const int64_t group_at = (group.first_group + group.number) * kWidth;
+  const int shares = blocks * (128 / kWidth);
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kShares<kWidth>; i++) {
+    for (int i = 0; i < shares; i++) {
       sum += shared.sum[i][thread];
       low = smaller_of(low, shared.low[i][thread]);
       high = larger_of(high, shared.high[i][thread]);
     }
-    const int count = min(kValueGroup, seqlen - block / kBlocks * kValueGroup);
     const float center = p.smooth_value ? sum * (static_cast<float>(kValueGroup) / count) : 0.f;
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
     const ScaleAndInverse scale =
@@ -415,7 +469,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     shared.center[thread] = center;
     shared.scale[thread] = scale.scale;
     shared.inverse[thread] = scale.inverse;
-    if (cluster.block_rank() == 0) p.kv.value_scales[group_at + thread] = scale.scale;
+    if (rank == 0) p.kv.value_scales[group_at + thread] = scale.scale;
   }
 
   __syncthreads();
@@ -446,7 +500,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
       const int place = sm90::swizzled<kKeyTile>(quad / 4, column);
       if (tile < tiles)
         *reinterpret_cast<uint32_t*>(p.kv.value_codes +
-                                     (head * tiles + tile) * (kKeyTile * kWidth) +
+                                     (group.first_tile + tile) * (kKeyTile * kWidth) +
                                      column * kKeyTile + place * 16 + quad % 4 * 4) = codes;
     }
     const float2 codes = __half22float2(code_sum);
@@ -455,50 +509,68 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   const float folded = fold_16_lanes(error, lane, [](float a, float b) { return a + b; });
   if (lane % 16 < 8) cluster.map_shared_rank(&shared, 0)->error[share][owned_column] = folded;
   auto written = cluster.barrier_arrive();
-  if (cluster.block_rank() != 0) return;
+  if (rank != 0) return;
   cluster.barrier_wait(std::move(written));
   if (thread < kWidth) {
     float total = 0;
-    for (int i = 0; i < kShares<kWidth>; i++) total += shared.error[i][thread];
-    const int count = min(kValueGroup, seqlen - first);
+    for (int i = 0; i < shares; i++) total += shared.error[i][thread];
     const float mean_error = is_finite(total) ? total / count : 0.f;
     p.kv.value_shift[group_at + thread] = shared.center[thread] + mean_error;
   }
 }
 
-template <int kWidth, typename Element, Pairing kPairing>
+template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked = false>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  int64_t grid = p.kv.groups() * kBlocks<kWidth> * p.batch * p.heads;
-  if (kPairing != Pairing::kNone) {
-    constexpr int kCluster = kBlocks<kWidth>;
-    grid += (query_blocks(p) + kCluster - 1) / kCluster * kCluster;
+  unsigned cluster = kBlocks<kWidth>;
+  if constexpr (kIsPacked) {
+    const unsigned longest = p.kv.packed.longest;
+    cluster = std::min(cluster, std::bit_ceil((longest + kTokens<kWidth> - 1) / kTokens<kWidth>));
   }
+  const auto whole_clusters = [&](int64_t blocks) {
+    return (blocks + cluster - 1) / cluster * cluster;
+  };
+  int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
+  if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
+  if constexpr (kIsPacked)
+    grid += whole_clusters((p.packed_output.queries.rows + kThreads - 1) / kThreads);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kThreads<kWidth>);
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   // Not <<<>>>: an error would have to be read from where others leave theirs.
-  check_cuda(cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing>, p),
-             "the launch of prepare_kv");
+  check_cuda(
+      cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>, p),
+      "the launch of prepare_kv");
 }
 
 template <int kWidth, typename Element>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  switch (p.key_rotary.pairing) {
-    case Pairing::kNone:
-      return launch<kWidth, Element, Pairing::kNone>(p, stream);
-    case Pairing::kHalves:
-      return launch<kWidth, Element, Pairing::kHalves>(p, stream);
-    case Pairing::kNeighbours:
-      return launch<kWidth, Element, Pairing::kNeighbours>(p, stream);
+  if (p.kv.packed.starts != nullptr)  // which nobody rotates
+    return launch<kWidth, Element, Pairing::kNone, true>(p, stream);
+  if constexpr (sizeof(Element) == 4 || kWidth > 128) {  // nor these
+    return launch<kWidth, Element, Pairing::kNone>(p, stream);
+  } else {
+    switch (p.key_rotary.pairing) {
+      case Pairing::kNone:
+        return launch<kWidth, Element, Pairing::kNone>(p, stream);
+      case Pairing::kHalves:
+        return launch<kWidth, Element, Pairing::kHalves>(p, stream);
+      case Pairing::kNeighbours:
+        return launch<kWidth, Element, Pairing::kNeighbours>(p, stream);
+    }
   }
 }
 
 template <int kWidth>
 void launch(const PrepareParams& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case Dtype::kFloat32:  // which nobody rotates
-      return launch<kWidth, float, Pairing::kNone>(p, stream);
+    case Dtype::kFloat32:
+      return launch<kWidth, float>(p, stream);
     case Dtype::kBFloat16:
       return launch<kWidth, __nv_bfloat16>(p, stream);
     case Dtype::kFloat16:
@@ -509,10 +581,13 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_prepare_kv(const PrepareParams& p, cudaStream_t stream) {
-  if (p.kv.width == 64) {
-    launch<64>(p, stream);
-  } else {
-    launch<128>(p, stream);
+  switch (p.kv.width) {
+    case 64:
+      return launch<64>(p, stream);
+    case 128:
+      return launch<128>(p, stream);
+    default:
+      return launch<256>(p, stream);
   }
 }
 
