@@ -67,6 +67,10 @@ class Inputs(NamedTuple):
     causal: str
     scale: float | None
 
+    def on(self, device: str) -> Inputs:
+        """Return the same numbers on a device."""
+        return Inputs(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
 
 def make_inputs(case: AttentionCase) -> Inputs:
     """Return the tensors of a case; the same case always gives the same numbers."""

@@ -35,8 +35,8 @@ class Member(NamedTuple):
 MEMBERS = [Member(qk, pv) for qk in SM89.qk for pv in SM89.pv]
 
 
-def expected(inputs: Inputs, recipe: Recipe) -> Expected:
-    """Return the references, on the GPU, with the means that the kernels take.
+def expected(inputs: Inputs, recipe: Recipe, device: str = "cuda") -> Expected:
+    """Return the references, on a device, with the means that the kernels take.
 
     Rows of a warp are fewer where it has more channels.
     """
@@ -53,6 +53,8 @@ def expected(inputs: Inputs, recipe: Recipe) -> Expected:
     if recipe["pv"] == "e4m3_fp16" and torch.cuda.get_device_capability() == (9, 0):
         accumulator = "fp16_converted"
     warp = 32 if widest <= 128 else 16
+    inputs = inputs.on(device)
+    means = {name: mean.to(device) for name, mean in means.items()}
     return expect(*inputs, **recipe, **means, warp=warp, accumulator=accumulator)
 
 
@@ -78,7 +80,10 @@ def query_means(query: Tensor) -> Tensor:
 def assert_right(inputs: Inputs, recipe: Recipe) -> None:
     """Require ``sdpa`` and ``sdpa_with_lse`` to be what the recipe specifies."""
     output, lse = OPS.sdpa_with_lse(*inputs, **recipe)
-    assert_within_budget(output, expected(inputs, recipe), lse=lse)
+    # References are many small operations, with which workers that share a GPU wait for each other;
+    # only the emulated accumulator of the FP8 products is so long that the GPU is quicker.
+    device = "cuda" if recipe["pv"] == "e4m3" else "cpu"
+    assert_within_budget(output.to(device), expected(inputs, recipe, device), lse=lse.to(device))
     assert same_bits(OPS.sdpa(*inputs, **recipe), output)
 
 

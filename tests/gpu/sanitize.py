@@ -2,8 +2,9 @@
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
 with racecheck, initcheck and synccheck. Names of families (hopper, rotary, mma, packed) behind that
-leave out the others: racecheck takes some minutes for each. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives
-every tensor its own allocation, so that memcheck sees what lies behind it.
+leave out the others, and ``--short`` gives a member of the mma.sync family each shape once, with
+another dtype and mode of masking every time: racecheck is slow. PYTORCH_NO_CUDA_MEMORY_CACHING=1
+gives every tensor its own allocation, so that memcheck sees what lies behind it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gpu.mma import MEMBERS
+from tests.gpu.mma import MEMBERS, Member
 from tests.gpu.shared import OPS
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 from tests.varlen import pack
@@ -24,13 +25,14 @@ from torch_sage.ops.checks import PAIRINGS, ROTARY_HEAD_DIMS
 
 # Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
 # of V and two, and what needs padded copies.
+Shape = tuple[int, int, int, int]
 SHAPES = ((1, 1, 64, 64), (200, 300, 64, 64), (70, 1100, 128, 128), (130, 129, 40, 33))
 WIDE = (130, 129, 256, 200)
 CAUSAL = ("none", "top_left", "bottom_right")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def call(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+def call(shape: Shape, dtype: torch.dtype, causal: str) -> None:
     """Run each op on one shape: grouped heads, each exponential, masked, with the LSE, prepared."""
     n, m, d, dv = shape
     q, k, v = (
@@ -49,34 +51,32 @@ def call(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> N
             use(*OPS.sdpa_with_lse(q, k, v, mask, **RECIPE, smooth=""))
 
 
-def call_mma(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
-    """Run each member of the mma.sync family; operands are read where they lie, and copied."""
+def call_mma(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> None:
+    """Run a member of the mma.sync family; operands are read where they lie, and copied."""
     n, m, d, dv = shape
     q = torch.randn(1, 4, n, d, device="cuda").to(dtype)
     k, v = (torch.randn(1, 2, m, channels, device="cuda").to(dtype) for channels in (d, dv))
-    for member in MEMBERS:
-        for granularity, smooth in (("thread", "k"), ("tensor", "qkv"), ("block", "")):
-            recipe = member.recipe(granularity, smooth)
-            use(OPS.sdpa(q, k, v, None, causal, **recipe))
-            use(*OPS.sdpa_with_lse(q, k, v, None, causal, **recipe))
-        if causal == "none":
-            visible = torch.rand(n, m, device="cuda") > 0.5
-            for mask in (visible, visible.to(dtype)):
-                use(OPS.sdpa(q, k, v, mask, **member.recipe()))
+    for granularity, smooth in (("thread", "k"), ("tensor", "qkv"), ("block", "")):
+        recipe = member.recipe(granularity, smooth)
+        use(OPS.sdpa(q, k, v, None, causal, **recipe))
+        use(*OPS.sdpa_with_lse(q, k, v, None, causal, **recipe))
+    if causal == "none":
+        visible = torch.rand(n, m, device="cuda") > 0.5
+        for mask in (visible, visible.to(dtype)):
+            use(OPS.sdpa(q, k, v, mask, **member.recipe()))
 
 
-def call_packed(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+def call_packed(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> None:
     """Run packed sequences, some empty, and lengths that make no sense."""
     n, m, d, dv = shape
     queries, keys = [n, 0, 1, 64, 65], [m, 3, 0, 63, 129]
     packed = pack(queries, keys, head_dim=d, head_dim_v=dv, dtype=dtype, device="cuda")
     wild = torch.tensor([2**31 - 1, -5, 70, 2**30, 10, 1000], dtype=torch.int32, device="cuda")
-    for member in MEMBERS:
-        for granularity, smooth in (("thread", "k"), ("tensor", "qkv")):
-            recipe = member.recipe(granularity, smooth)
-            use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
-            for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
-                OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
+    for granularity, smooth in (("thread", "k"), ("tensor", "qkv")):
+        recipe = member.recipe(granularity, smooth)
+        use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
+        for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
+            OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
 
 
 def use(*results: Tensor) -> None:
@@ -86,7 +86,7 @@ def use(*results: Tensor) -> None:
             raise RuntimeError(f"results must be numbers, got {result}")
 
 
-def call_rotary(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: str) -> None:
+def call_rotary(shape: Shape, dtype: torch.dtype, causal: str) -> None:
     """Run what norms and rotates, which takes heads of 64 and 128 channels in 16 bits."""
     n, m, d, dv = shape
     if dtype is torch.float32 or d not in ROTARY_HEAD_DIMS:
@@ -113,25 +113,37 @@ def call_many(causal: str) -> None:
     use(OPS.sdpa(many, many, many, None, causal, **RECIPE, smooth="kv", exponential="mixed"))
 
 
-FAMILIES: dict[str, Callable[[tuple[int, int, int, int], torch.dtype, str], None]] = {
+HOPPER: dict[str, Callable[[Shape, torch.dtype, str], None]] = {
     "hopper": call,
     "rotary": call_rotary,
+}
+BY_MEMBER: dict[str, Callable[[Member, Shape, torch.dtype, str], None]] = {
     "mma": call_mma,
     "packed": call_packed,
 }
+FAMILIES = [*HOPPER, *BY_MEMBER]
 
 
 def main() -> None:
     """Run the list of the families that are named, by default of all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="family", help=", ".join(FAMILIES))
-    families = parser.parse_args().families or [*FAMILIES]
+    parser.add_argument("--short", action="store_true", help="a part of the mma.sync family's")
+    arguments = parser.parse_args()
+    families = arguments.families or FAMILIES
     if unknown := set(families) - set(FAMILIES):
-        parser.error(f"family must be one of {[*FAMILIES]}, got {sorted(unknown)}")
+        parser.error(f"family must be one of {FAMILIES}, got {sorted(unknown)}")
+    modes = [*itertools.product(DTYPES, CAUSAL)]
     for family in families:
-        shapes = SHAPES if family in ("hopper", "rotary") else (*SHAPES, WIDE)
-        for shape, dtype, causal in itertools.product(shapes, DTYPES, CAUSAL):
-            FAMILIES[family](shape, dtype, causal)
+        if family in HOPPER:
+            for shape, mode in itertools.product(SHAPES, modes):
+                HOPPER[family](shape, *mode)
+            continue
+        for i, shape in enumerate((*SHAPES, WIDE)):
+            for j, member in enumerate(MEMBERS):
+                turn = (4 * i + j) % len(modes)
+                for mode in modes[turn : turn + 1] if arguments.short else modes:
+                    BY_MEMBER[family](member, shape, *mode)
     if "hopper" in families:
         for causal in CAUSAL:
             call_many(causal)
