@@ -174,9 +174,6 @@ PREPARED = "cuda.sm90"
 ROTARY = ("cpu", "cuda.sm90")
 """The rows that take Q and K before their rotary embeddings, in ``rotary_sdpa``."""
 
-VARLEN = ("cpu", "cuda", "cuda.sm80", "cuda.sm89", "cuda.sm120")
-"""The rows that take packed sequences, in ``varlen_sdpa``."""
-
 
 def rows_of_type(device_type: str, parts: bool = False) -> tuple[str, ...]:
     """Return the rows that some device of a type runs, the whole op or its parts.

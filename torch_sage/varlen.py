@@ -15,7 +15,7 @@ from torch_sage.ops.dispatch import (
     causal_problems,
     device_reasons,
 )
-from torch_sage.recipes import VARLEN, Recipe, choose_row, resolve_in
+from torch_sage.recipes import Recipe, choose_row, resolve_in
 from torch_sage.reference.attention import AttentionOutput
 
 
@@ -94,7 +94,7 @@ def choose_recipe(
     query: Tensor, value: Tensor, config: SageConfig
 ) -> tuple[Recipe | None, tuple[Reason, ...]]:
     """Return what ``config`` means for packed sequences, or the reasons why nothing runs it."""
-    rows = tuple(row for row in rows_of(query.device) if row in VARLEN)
+    rows = rows_of(query.device)
     head_dim = largest_head_dim(query, value)
     reasons = device_reasons(query, config, rows, head_dim)
     if reasons:

@@ -15,14 +15,15 @@ struct Place {
 
   __device__ __forceinline__ Place(int64_t row_of_lse, char* output, int rows)
       : row_of_lse(row_of_lse), output(output), rows(rows) {}
+  // `end`: of the rows that the two may be.
   template <typename Params>
-  __device__ __forceinline__ Place(const Params& p, int batch, int head, int row)
+  __device__ __forceinline__ Place(const Params& p, int batch, int head, int row, int end)
       : row_of_lse((static_cast<int64_t>(batch) * p.heads_q + head) * p.seqlen_q + row),
         output(static_cast<char*>(p.output) +
                (batch * p.output_rows.stride_b + head * p.output_rows.stride_h +
                 row * p.output_rows.stride_n) *
                    (p.dtype == Dtype::kFloat32 ? 4 : 2)),
-        rows(p.seqlen_q - row) {}
+        rows(end - row) {}
 };
 
 template <typename Params>

@@ -13,8 +13,8 @@
 namespace torch_sage::cuda {
 namespace {
 
-// Among the arguments: a tensor on the device, and where the recipe begins (qk, granularity, pv), of
-// the ops over batches and over packed sequences.
+// Among the arguments: a tensor on the device, and where the recipe begins (qk, granularity, pv),
+// of the ops over batches and over packed sequences.
 constexpr int kQuery = 0, kRecipe = 6, kPackedRecipe = 9;
 
 std::string text_at(StableIValue* stack, int place) {
@@ -72,15 +72,13 @@ void route_sdpa_with_lse(StableIValue* stack, uint64_t arguments, uint64_t resul
   route(TORCH_BOX(&sdpa_with_lse), TORCH_BOX(&mma_sdpa_with_lse),
         "torch_sage::triton_sdpa_with_lse", kRecipe, stack, arguments, results);
 }
-// Hopper's own kernels take no packed sequences: who asks for them learns what those of mma.sync do.
 void route_varlen_sdpa(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  const Boxed mma = TORCH_BOX(&mma_varlen_sdpa);
-  route(mma, mma, "torch_sage::triton_varlen_sdpa", kPackedRecipe, stack, arguments, results);
+  route(TORCH_BOX(&varlen_sdpa), TORCH_BOX(&mma_varlen_sdpa), "torch_sage::triton_varlen_sdpa",
+        kPackedRecipe, stack, arguments, results);
 }
 void route_varlen_sdpa_with_lse(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  const Boxed mma = TORCH_BOX(&mma_varlen_sdpa_with_lse);
-  route(mma, mma, "torch_sage::triton_varlen_sdpa_with_lse", kPackedRecipe, stack, arguments,
-        results);
+  route(TORCH_BOX(&varlen_sdpa_with_lse), TORCH_BOX(&mma_varlen_sdpa_with_lse),
+        "torch_sage::triton_varlen_sdpa_with_lse", kPackedRecipe, stack, arguments, results);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_sage, CUDA, m) {

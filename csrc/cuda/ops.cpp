@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "attention/packed_request.h"
 #include "attention/request.h"
 #include "attention/sm90/params.h"
 #include "common/check.h"
@@ -37,32 +38,58 @@ struct KeysAndValues {
   int64_t heads, head_dim, head_dim_v;
   PreparedKv view;
 
-  KeysAndValues(int64_t heads, int64_t seqlen, int64_t head_dim, int64_t head_dim_v)
+  KeysAndValues(int64_t heads, int64_t seqlen, int64_t head_dim, int64_t head_dim_v,
+                const Packed& packed = {})
       : heads(heads), head_dim(head_dim), head_dim_v(head_dim_v), view{} {
     view.seqlen = static_cast<int>(seqlen);
     view.width = static_cast<int>(width_of(head_dim, head_dim_v));
+    view.packed = packed;
+    const auto units = [&](int size) {
+      return packed.starts != nullptr ? packed.units(size) : (seqlen + size - 1) / size;
+    };
+    view.tiles = units(kKeyBlock128) * (kKeyBlock128 / kKeyTile);
+    view.groups = units(kValueGroup);
   }
 
   // Sizes of the six tensors behind [batch, heads].
-  std::array<int64_t, 2> codes() const { return {view.tiles(), kKeyTile * view.width}; }
-  std::array<int64_t, 2> key_scales() const { return {view.tiles() / 2, 4}; }
-  std::array<int64_t, 2> value_scales() const { return {view.groups(), view.width}; }
+  std::array<int64_t, 2> codes() const { return {view.tiles, kKeyTile * view.width}; }
+  std::array<int64_t, 2> key_scales() const { return {view.tiles / 2, 4}; }
+  std::array<int64_t, 2> value_scales() const { return {view.groups, view.width}; }
 };
 
-// What prepare makes of a query and key that lack RMSNorm and rotary embeddings, if they do.
+// What a query and key lack of RMSNorm and rotary embeddings, if anything: prepare then makes codes
+// of the query, too.
 struct Unrotated {
   Rotary key;
   QueryParams query;
 };
 
-int64_t padded_rows(int64_t rows) { return (rows + kQueryBlock - 1) / kQueryBlock * kQueryBlock; }
+struct HopperRecipe {
+  Smooth smooth;
+  bool is_exact;
+};
+
+Smooth read_smooth(const Text& text) {
+  const Smooth smooth = parse("smooth", text, kSmoothing, "cuda");
+  check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
+  return smooth;
+}
+
+HopperRecipe read_recipe(const Text& qk, const Text& granularity, const Text& smooth,
+                         const Text& exponential) {
+  check(std::string_view(qk) == "int8", "qk must be one of ['int8'] in this recipe, got '",
+        std::string_view(qk), "'");
+  check(std::string_view(granularity) == "token_thread",
+        "granularity must be one of ['token_thread'] in this recipe, got '",
+        std::string_view(granularity), "'");
+  return {read_smooth(smooth), parse("exponential", exponential, kExact, "cuda")};
+}
 
 int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
 
 void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
              const KeysAndValues& kv, const Unrotated& unrotated, int* work_counter,
              cudaStream_t stream) {
-  check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
   if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
   PrepareParams params{};
@@ -89,11 +116,36 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   launch_prepare_kv(params, stream);
 }
 
-Result attend(const FloatOperand& query, const PreparedQuery& prepared_query,
-              const KeysAndValues& kv, const Request& request, bool exact_exponential, bool is_part,
-              int* work_counter, bool follows_prepare, int device, cudaStream_t stream) {
-  auto [result, is_done] = new_result(query, kv.view.seqlen, kv.head_dim_v, request);
-  if (is_done) return result;
+// What the attention kernel is told beyond operands and semantics.
+struct Launch {
+  bool is_exact, is_part;
+  int* work_counter;
+  bool follows_prepare;
+  int device;
+  cudaStream_t stream;
+};
+
+// Where results go: the rows of the output lie at `rows`.
+struct Target {
+  Result result;
+  Rows rows;
+
+  // Of the ops over batches.
+  explicit Target(const Result& result)
+      : result(result),
+        rows{result.output.stride(0), result.output.stride(1), result.output.stride(2)} {}
+  // Of packed sequences, which are one batch entry.
+  static Target packed(const Result& result) {
+    Target target(result);
+    target.rows = {0, result.output.stride(1), result.output.stride(0)};
+    return target;
+  }
+};
+
+// Fills the target.
+void attend(const FloatOperand& query, const PreparedQuery& prepared_query, const Packed& queries,
+            const KeysAndValues& kv, const Request& request, const Target& target,
+            const Launch& launch) {
   const FloatOperand q = vectorized(query);
   sm90::AttentionParams params{};
   params.batch = static_cast<int>(q.batch);
@@ -102,13 +154,14 @@ Result attend(const FloatOperand& query, const PreparedQuery& prepared_query,
   params.seqlen_q = static_cast<int>(q.rows);
   params.head_dim = static_cast<int>(q.columns);
   params.head_dim_v = static_cast<int>(kv.head_dim_v);
+  params.queries = queries;
   params.key_mean_columns = static_cast<int>(kv.head_dim);
   params.query = q.data;
   params.dtype = q.dtype;
   params.query_rows = {q.stride_b, q.stride_h, q.stride_n};
   params.prepared_query = prepared_query;
   params.kv = kv.view;
-  params.is_causal = request.causal != Causal::kNone;
+  params.causal = request.causal;
   params.last_key_offset = last_key_offset(request.causal, q.rows, kv.view.seqlen);
   params.scale = static_cast<float>(softmax_scale(query, request));
   std::optional<Mask> mask;
@@ -117,48 +170,38 @@ Result attend(const FloatOperand& query, const PreparedQuery& prepared_query,
                      query.tensor.device());
     set_mask(params, *mask);
   }
-  params.output = result.output.mutable_data_ptr();
-  params.output_rows = {result.output.stride(0), result.output.stride(1), result.output.stride(2)};
-  params.lse = result.lse ? static_cast<float*>(result.lse->mutable_data_ptr()) : nullptr;
-  params.exact_exponential = exact_exponential;
-  params.is_part = is_part;
-  params.work_counter = work_counter;
-  params.follows_prepare = follows_prepare;
-  sm90::launch_attention(params, multiprocessors(device), stream);
-  return result;
+  const auto& [output, lse] = target.result;
+  params.output = output.mutable_data_ptr();
+  params.output_rows = target.rows;
+  params.lse = lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr;
+  params.exact_exponential = launch.is_exact;
+  params.is_part = launch.is_part;
+  params.work_counter = launch.work_counter;
+  params.follows_prepare = launch.follows_prepare;
+  sm90::launch_attention(params, multiprocessors(launch.device), launch.stream);
 }
 
-// How a query and a key are to be normed and rotated, if at all.
-struct Rotations {
-  Rotary query, key;
-};
-
-Result attend_whole(const Operands& operands, const Rotations& rotations, const Request& request,
-                    const Text& qk, const Text& granularity, const Text& smooth,
-                    const Text& exponential) {
-  check(std::string_view(qk) == "int8", "qk must be one of ['int8'] in this recipe, got '",
-        std::string_view(qk), "'");
-  check(std::string_view(granularity) == "token_thread",
-        "granularity must be one of ['token_thread'] in this recipe, got '",
-        std::string_view(granularity), "'");
-  const bool exact = parse("exponential", exponential, kExact, "cuda");
-  const Smooth smoothing = parse("smooth", smooth, kSmoothing, "cuda");
+// The whole op: fills the target.
+void run(const Operands& operands, const Packed& queries, const Packed& keys, Unrotated unrotated,
+         const Request& request, const HopperRecipe& recipe, const Target& target) {
   const auto& [q, k, v] = operands;
   const int device = q.tensor.device().index();
   const cudaStream_t stream = current_stream(device);
-  check_rows("key", k.rows);
-  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns);
+  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns, keys);
+  const bool is_packed = keys.starts != nullptr;
   // One allocation for all that only the two kernels share.
   const int64_t per_batch = k.batch * k.heads;
+  const int64_t means = is_packed ? keys.count * k.heads : per_batch;
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int64_t codes = aligned(per_batch * count(kv.codes()));
   const int64_t key_scales = aligned(per_batch * count(kv.key_scales()) * 4);
-  const int64_t key_mean = aligned(per_batch * k.columns * 4);
+  const int64_t key_mean = aligned(means * k.columns * 4);
   const int64_t value_scales = aligned(per_batch * count(kv.value_scales()) * 4);
-  const bool rotates = rotations.key.pairing != Pairing::kNone;
-  const int64_t query_rows = rotates ? q.batch * q.heads * padded_rows(q.rows) : 0;
-  const int64_t query_codes = aligned(query_rows * kv.view.width);
-  const int64_t query_scales = aligned(query_rows * 4);
+  PreparedQuery prepared{};
+  const bool rotates = unrotated.key.pairing != Pairing::kNone;
+  if (rotates) prepared.rows = (q.rows + kQueryBlock - 1) / kQueryBlock * kQueryBlock;
+  const int64_t query_codes = aligned(q.batch * q.heads * prepared.rows * kv.view.width);
+  const int64_t query_scales = aligned(q.batch * q.heads * prepared.rows * 4);
   const Tensor workspace = new_tensor(
       {2 * codes + key_scales + key_mean + 2 * value_scales + query_codes + query_scales + 256},
       ScalarType::Byte, q.tensor.device());
@@ -171,23 +214,46 @@ Result attend_whole(const Operands& operands, const Rotations& rotations, const 
   kv.view.value_scales = reinterpret_cast<float*>(take(value_scales));
   kv.view.value_shift = reinterpret_cast<float*>(take(value_scales));
   // Zeroed by the pre-pass, counted up by the attention kernel.
-  int* work_counter = request.causal == Causal::kNone ? nullptr : reinterpret_cast<int*>(take(256));
-  if (!rotates) {
-    prepare(k, v, smoothing, kv, {}, work_counter, stream);
-    return attend(q, {}, kv, request, exact, false, work_counter, true, device, stream);
+  int* work_counter =
+      request.causal == Causal::kNone && !is_packed ? nullptr : reinterpret_cast<int*>(take(256));
+  if (rotates) {
+    prepared.codes = reinterpret_cast<int8_t*>(take(query_codes));
+    prepared.scales = reinterpret_cast<float*>(take(query_scales));
+    const FloatOperand readable = vectorized(q);
+    unrotated.query = {static_cast<int>(q.heads),
+                       static_cast<int>(q.rows),
+                       readable.data,
+                       {readable.stride_b, readable.stride_h, readable.stride_n},
+                       unrotated.query.rotary,
+                       static_cast<float>(softmax_scale(q, request)),
+                       prepared};
   }
-  const FloatOperand readable = vectorized(q);
-  const PreparedQuery prepared{reinterpret_cast<int8_t*>(take(query_codes)),
-                               reinterpret_cast<float*>(take(query_scales))};
-  const QueryParams query{static_cast<int>(q.heads),
-                          static_cast<int>(q.rows),
-                          readable.data,
-                          {readable.stride_b, readable.stride_h, readable.stride_n},
-                          rotations.query,
-                          static_cast<float>(softmax_scale(q, request)),
-                          prepared};
-  prepare(k, v, smoothing, kv, {rotations.key, query}, work_counter, stream);
-  return attend(q, prepared, kv, request, exact, false, work_counter, true, device, stream);
+  prepare(k, v, recipe.smooth, kv, unrotated, work_counter, stream);
+  attend(q, prepared, queries, kv, request, target,
+         {recipe.is_exact, false, work_counter, true, device, stream});
+}
+
+Result attend_whole(const Operands& operands, const Unrotated& unrotated, const Request& request,
+                    const HopperRecipe& recipe) {
+  const auto& [q, k, v] = operands;
+  check_rows("key", k.rows);
+  const auto [result, is_done] = new_result(q, k.rows, v.columns, request);
+  if (!is_done) run(operands, {}, {}, unrotated, request, recipe, Target(result));
+  return result;
+}
+
+Result attend_packed(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const Request& request, const HopperRecipe& recipe) {
+  const DeviceGuard guard(hopper_index("query", query));
+  const PackedOperands packed =
+      read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  const Result result = new_packed_result(packed, request.wants_lse);
+  // What is new has the result of rows that see no key.
+  if (!packed.is_empty() && packed.keys.longest > 0)
+    run({packed.query, packed.key, packed.value}, packed.queries, packed.keys, {}, request, recipe,
+        Target::packed(result));
+  return result;
 }
 
 // The addresses of prepared tensors, whose shapes are right.
@@ -238,7 +304,11 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
   if (request.causal != Causal::kNone || request.wants_lse)
     counter = torch::stable::new_zeros(query, {4});
   int* work_counter = counter ? static_cast<int*>(counter->mutable_data_ptr()) : nullptr;
-  return attend(q, {}, kv, request, exact, is_part, work_counter, false, index, stream);
+  const auto [result, is_done] = new_result(q, seqlen_k, head_dim_v, request);
+  if (!is_done)
+    attend(q, {}, {}, kv, request, Target(result),
+           {exact, is_part, work_counter, false, index, stream});
+  return result;
 }
 
 }  // namespace
@@ -249,8 +319,8 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
             const Text& exponential, const Text& output_order) {
   const DeviceGuard guard(hopper_index("query", query));
   return attend_whole(read_operands(query, key, value, query.device()), {},
-                      read_request(attn_mask, causal, scale, output_order, false), qk, granularity,
-                      smooth, exponential)
+                      read_request(attn_mask, causal, scale, output_order, false),
+                      read_recipe(qk, granularity, smooth, exponential))
       .output;
 }
 
@@ -262,8 +332,8 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          const Text& exponential, const Text& output_order) {
   const DeviceGuard guard(hopper_index("query", query));
   const Result result = attend_whole(read_operands(query, key, value, query.device()), {},
-                                     read_request(attn_mask, causal, scale, output_order, true), qk,
-                                     granularity, smooth, exponential);
+                                     read_request(attn_mask, causal, scale, output_order, true),
+                                     read_recipe(qk, granularity, smooth, exponential));
   return {result.output, *result.lse};
 }
 
@@ -286,14 +356,40 @@ Tensor rotary_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   check(operands.value.columns <= operands.key.columns,
         "value must have a head_dim of at most that of key, ", operands.key.columns, ", got ",
         operands.value.columns);
-  return attend_whole(operands, {of_query.view, of_key.view},
-                      read_request(attn_mask, causal, scale, output_order, false), qk, granularity,
-                      smooth, exponential)
+  Unrotated unrotated{of_key.view, {}};
+  unrotated.query.rotary = of_query.view;
+  return attend_whole(operands, unrotated,
+                      read_request(attn_mask, causal, scale, output_order, false),
+                      read_recipe(qk, granularity, smooth, exponential))
       .output;
 }
 
+Tensor varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,
+                   const Text& qk, const Text& granularity, const Text&, const Text& smooth,
+                   const Text& exponential) {
+  return attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                       read_request(causal, scale, false),
+                       read_recipe(qk, granularity, smooth, exponential))
+      .output;
+}
+
+std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                                const Tensor& value, const Tensor& cu_seqlens_q,
+                                                const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                int64_t max_seqlen_k, const Text& causal,
+                                                std::optional<double> scale, const Text& qk,
+                                                const Text& granularity, const Text&,
+                                                const Text& smooth, const Text& exponential) {
+  const Result result = attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, read_request(causal, scale, true),
+                                      read_recipe(qk, granularity, smooth, exponential));
+  return {result.output, *result.lse};
+}
+
 Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) {
-  const Smooth smoothing = parse("smooth", smooth, kSmoothing, "cuda");
+  const Smooth smoothing = read_smooth(smooth);
   const int device = hopper_index("key", key);
   const DeviceGuard guard(device);
   // Key stands in for a query: what key and value must have in common is checked.

@@ -54,6 +54,20 @@ std::tuple<Tensor, Tensor> mma_sdpa_with_lse(const Tensor& query, const Tensor& 
                                              const Text& pv, const Text& smooth,
                                              const Text& exponential, const Text& output_order);
 
+Tensor varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,
+                   const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
+                   const Text& exponential);
+
+std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(const Tensor& query, const Tensor& key,
+                                                const Tensor& value, const Tensor& cu_seqlens_q,
+                                                const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                int64_t max_seqlen_k, const Text& causal,
+                                                std::optional<double> scale, const Text& qk,
+                                                const Text& granularity, const Text& pv,
+                                                const Text& smooth, const Text& exponential);
+
 Tensor mma_varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                        int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,

@@ -18,7 +18,6 @@ from torch_sage.ops import checks, packed
 from torch_sage.ops.checks import Size
 from torch_sage.recipes import ROTARY as ROTARY_ROWS
 from torch_sage.recipes import SUPPORT, Recipe, rows_of_type
-from torch_sage.recipes import VARLEN as VARLEN_ROWS
 from torch_sage.reference.quantize import TOKEN_BLOCK
 
 LIBRARY = torch.library.Library("torch_sage", "DEF")  # type: ignore[no-untyped-call]  # torch's
@@ -121,7 +120,7 @@ PREPARED = (
 """The ops of one row of the recipe table alone (``recipes.PREPARED``)."""
 
 VARLEN = ("varlen_sdpa", "varlen_sdpa_with_lse")
-"""The ops over packed sequences, of the rows of ``recipes.VARLEN``."""
+"""The ops over packed sequences."""
 
 ROTARY = "rotary_sdpa"
 """The op of few rows (``recipes.ROTARY``), which has its kernel for CPU in Python."""
@@ -268,7 +267,7 @@ def varlen_sdpa(
     """Shape of the output [tokens, Hq, Dv] in the dtype of query."""
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     _require(packed.problems(query, key, value, *starts, *longest, causal, scale))
-    _require_recipe(query, value, Recipe(qk, granularity, pv, smooth, exponential), VARLEN_ROWS)
+    _require_recipe(query, value, Recipe(qk, granularity, pv, smooth, exponential), tuple(SUPPORT))
     tokens, heads, _ = query.shape
     return query.new_empty((tokens, heads, value.shape[2]))
 

@@ -445,7 +445,7 @@ class Warp {
   // Of row `row` of the block.
   __device__ __forceinline__ Place place_of(int row) const {
     const Sequence s = sequence();
-    if (!is_packed()) return Place(p_, s.index, s.head, s.first_row + row);
+    if (!is_packed()) return Place(p_, s.index, s.head, s.first_row + row, p_.seqlen_q);
     const int64_t at = s.query_start + s.first_row + row;
     char* output =
         static_cast<char*>(p_.output) +

@@ -20,6 +20,7 @@ constexpr float kOffset = 6.f, kLag = 1.75f;
 constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
 constexpr uint32_t kOneCodes = 0x28282828u;
 constexpr int kStepsPerGroup = kValueGroup / kKeys;
+constexpr int kWorkBytes = 48;  // of a piece of work, in shared memory
 
 enum class Mode {
   kMixed,   // no mask, no LSE; part of the exponentials by the linear mantissa
@@ -32,6 +33,7 @@ enum class Mode {
 template <int kWidth_, Mode kMode>
 struct Config {
   static constexpr int kWidth = kWidth_;
+  static constexpr int kRows = sm90::kRows;  // of a piece of work
   static constexpr bool kHasMask = kMode == Mode::kMasked;
   static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Whether the LSE has a sum of its own, of probabilities that are exact.
@@ -58,7 +60,7 @@ struct Config {
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
   static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
   static constexpr int kWorkAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;
-  static constexpr int kBarrierAt = kWorkAt + 2 * 16;
+  static constexpr int kBarrierAt = kWorkAt + 2 * kWorkBytes;
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
   static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;

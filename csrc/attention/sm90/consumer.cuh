@@ -131,10 +131,11 @@ class Consumer {
     slot_ = work_count_ & 1;
     barrier_wait(barriers_.query_full(slot_), (work_count_ >> 1) & 1);
     // Uniform for the compiler, too: wgmma in a branch that might diverge would be serialized.
-    const Work work = works_[slot_];
+    const Work& work = works_[slot_];
     if (!__any_sync(~0u, work.steps > 0)) return false;
     steps_ = __shfl_sync(~0u, work.steps, 0);
-    row_ = work.row_block * kRows + row_in_block_;
+    last_ = work.keys - 1;
+    diagonal_ = work.first_row + row_in_block_ + work.last_key_offset;
     const int place = slot_ * kRows + row_in_block_;
     const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
     query_scale_[0] = scales[0];
@@ -148,11 +149,11 @@ class Consumer {
     query_ =
         descriptor<C::kWidth>(base_ + C::kQueryAt + (slot_ * kRows + warpgroup_ * 64) * C::kWidth);
     // Rows of this warpgroup may end a step before those of the last one.
-    const int last_row = work.row_block * kRows + warpgroup_ * 64 + 63;
-    skip_ = max(steps_ - steps_until(p_, last_row), 0);
+    const int last_row = work.first_row + warpgroup_ * 64 + 63;
+    skip_ = max(steps_ - steps_until(work, last_row), 0);
     skip_ = __shfl_sync(~0u, skip_, 0);
     // Steps up to `whole` have only keys that all rows see.
-    const int whole = (last_key(p_, last_row - 63) + 1) / kKeys;
+    const int whole = (last_key(work, last_row - 63) + 1) / kKeys;
     whole_from_ = __shfl_sync(~0u, steps_ - max(whole, 0), 0);
     work_count_++;
     return true;
@@ -250,8 +251,10 @@ class Consumer {
     return moved;
   }
 
+  // Of this thread's row, or of the other one, 8 below.
+  __device__ __forceinline__ int last_key_of(int h) const { return min(last_, diagonal_ + 8 * h); }
   __device__ __forceinline__ int last_column(int h, int first_key) const {
-    return last_key(p_, row_ + 8 * h) - first_key;
+    return last_key_of(h) - first_key;
   }
 
   // The maxima of this thread's scores, from the integers: all have one K scale.
@@ -331,9 +334,9 @@ class Consumer {
     visit_mask(p_, [&](auto* mask) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int row = row_ + 8 * h;
-        const int last = row < p_.seqlen_q ? last_column(h, first_key) - 2 * quad_ : -1;
         const Work& work = works_[slot_];
+        const int row = work.first_row + row_in_block_ + 8 * h;
+        const int last = row < work.rows ? last_column(h, first_key) - 2 * quad_ : -1;
         auto* at = mask + work.batch * p_.mask_stride_b + work.head * p_.mask_stride_h +
                    row * p_.mask_stride_n + (first_key + 2 * quad_) * p_.mask_stride_m;
 #pragma unroll
@@ -437,7 +440,7 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], reference[h]);
-      sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key(p_, row_ + 8 * h);
+      sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key_of(h);
       buffer_max_[h] = reference[h];
     }
     const bool is_plain = sees[0] && sees[1] && old[0] == 1.f && old[1] == 1.f;
@@ -495,7 +498,8 @@ class Consumer {
   __device__ __forceinline__ void finish_work(bool& is_live) {
     const unsigned last_stage = (count_ + steps_ - 1) % kStages;
     const Work& work = works_[slot_];
-    const Place place(p_, work.batch, work.head, row_);
+    const Place place(p_, work.batch, work.head, work.query_start + work.first_row + row_in_block_,
+                      work.query_start + work.rows);
     __syncwarp();
     if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
     const float top[2] = {max_[0], max_[1]};
@@ -602,7 +606,8 @@ class Consumer {
   unsigned count_ = 0;        // steps of K and V before this piece of work
   unsigned group_count_ = 0;  // groups of V whose scales were taken
   unsigned work_count_ = 0;
-  int slot_, row_, steps_, skip_, whole_from_;
+  int slot_, steps_, skip_, whole_from_;
+  int last_, diagonal_;  // the last key there is, and that a causal mask leaves this thread's row
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
   float max_[2], buffer_max_[2];

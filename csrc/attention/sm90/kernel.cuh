@@ -58,12 +58,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class C>
 void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
   Schedule schedule;
-  schedule.row_blocks = (params.seqlen_q + kRows - 1) / kRows;
+  schedule.row_blocks = params.queries.starts != nullptr
+                            ? static_cast<int>(params.queries.units(C::kRows))
+                            : (params.seqlen_q + C::kRows - 1) / C::kRows;
   schedule.heads = params.batch * params.heads_q;
   schedule.total = schedule.row_blocks * schedule.heads;
   schedule.section = 0;
-  if (params.is_causal) {
-    const int64_t head_bytes = params.kv.tiles() * kKeyTile * C::kWidth * 2;
+  if (params.causal != Causal::kNone) {
+    const int64_t head_bytes = params.kv.tiles * kKeyTile * C::kWidth * 2;
     const int64_t kv_heads = kSectionBytes / head_bytes;
     schedule.section =
         static_cast<int>(kv_heads < 1 ? 1 : kv_heads) * (params.heads_q / params.heads_kv);

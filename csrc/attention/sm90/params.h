@@ -11,7 +11,9 @@
 namespace torch_sage::sm90 {
 
 struct AttentionParams {
+  // Packed sequences are one batch entry, whose rows are seqlen_q.
   int batch, heads_q, heads_kv, seqlen_q, head_dim, head_dim_v;
+  Packed queries;  // kv.packed has the keys
 
   const void* query;  // [b, h_q, n, head_dim], rows aligned to 16 bytes, head_dim a multiple of 8
   Dtype dtype;        // of query and output
@@ -23,8 +25,8 @@ struct AttentionParams {
 
   // Key m is visible to query n iff m <= n + last_key_offset and m < kv.seqlen.
   int last_key_offset;
-  bool is_causal;  // whether that hides anything: work is then handed out longest first
-  float scale;     // of the scores, any sign
+  Causal causal;  // what follows it where sequences are packed
+  float scale;    // of the scores, any sign
 
   MaskKind mask_kind;
   const void* mask;
@@ -35,8 +37,10 @@ struct AttentionParams {
   float* lse;  // [b, h_q, n] natural log; may be null
 
   bool exact_exponential;
-  bool is_part;       // lse, if any, is to merge parts: of the sum that the output was divided by
-  int* work_counter;  // zero when the kernel runs; null: every block takes a fixed share
+  bool is_part;  // lse, if any, is to merge parts: of the sum that the output was divided by
+  // Zero when the kernel runs; null: every block takes a fixed share, which packed sequences
+  // forbid.
+  int* work_counter;
   bool follows_prepare;  // launched right behind prepare_kv, may start before it has ended
 };
 

@@ -20,12 +20,14 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     barrier_wait(barriers.work_ready(i & 1), (i >> 1) & 1);
     const Work work = works[i & 1];
     if (work.steps == 0) return;
-    const int64_t head = key_head(p, work), tiles = p.kv.tiles();
-    const int8_t* keys = p.kv.key_codes + head * tiles * (kKeyTile * C::kWidth);
-    const uint8_t* values = p.kv.value_codes + head * tiles * (kKeyTile * C::kWidth);
-    const float* key_scales = p.kv.key_scales + head * tiles * 2;
-    const float* value_scales = p.kv.value_scales + head * p.kv.groups() * C::kWidth;
-    const float* value_shift = p.kv.value_shift + head * p.kv.groups() * C::kWidth;
+    const int64_t head = key_head(p, work.batch, work.head);
+    const int64_t tile = head * p.kv.tiles + 2 * work.first_block;
+    const int64_t first_group = head * p.kv.groups + work.first_group;
+    const int8_t* keys = p.kv.key_codes + tile * (kKeyTile * C::kWidth);
+    const uint8_t* values = p.kv.value_codes + tile * (kKeyTile * C::kWidth);
+    const float* key_scales = p.kv.key_scales + tile * 2;
+    const float* value_scales = p.kv.value_scales + first_group * C::kWidth;
+    const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
     for (int step = work.steps - 1; step >= 0; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
@@ -89,11 +91,11 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   const int part = thread % kLanes;
   const char* rows = static_cast<const char*>(p.query) +
                      (work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
-                      work.row_block * kRows * p.query_rows.stride_n + part * 8) *
+                      (work.query_start + work.first_row) * p.query_rows.stride_n + part * 8) *
                          kBytes;
   const int64_t row_bytes = p.query_rows.stride_n * kBytes;
-  const float* mean = p.kv.key_mean + key_head(p, work) * p.key_mean_columns;
-  const int valid_rows = min(kRows, p.seqlen_q - work.row_block * kRows);
+  const float* mean = p.kv.key_mean + key_head(p, work.sequence, work.head) * p.key_mean_columns;
+  const int valid_rows = min(kRows, work.rows - work.first_row);
   const auto load = [&](Eight<kIsWide>& x, int row, int chunk) {
     x.load(rows + row * row_bytes + chunk * kLanes * 8 * kBytes,
            row < valid_rows && (chunk * kLanes + part) * 8 < p.head_dim);
@@ -166,12 +168,11 @@ template <class C>
 __device__ __forceinline__ void fetch_queries(const AttentionParams& p, const Work& work,
                                               uint32_t codes, uint32_t scales, uint32_t barrier) {
   constexpr int kBytes = kRows * C::kWidth, kScaleBytes = kRows * 4;
-  const int64_t blocks = (p.seqlen_q + kRows - 1) / kRows;
-  const int64_t block =
-      (static_cast<int64_t>(work.batch) * p.heads_q + work.head) * blocks + work.row_block;
+  const int64_t head = static_cast<int64_t>(work.batch) * p.heads_q + work.head;
+  const int64_t row = head * p.prepared_query.rows + work.first_row;
   barrier_expect(barrier, kBytes + kScaleBytes);
-  copy_to_shared(codes, p.prepared_query.codes + block * kBytes, kBytes, barrier);
-  copy_to_shared(scales, p.prepared_query.scales + block * kRows, kScaleBytes, barrier);
+  copy_to_shared(codes, p.prepared_query.codes + row * C::kWidth, kBytes, barrier);
+  copy_to_shared(scales, p.prepared_query.scales + row, kScaleBytes, barrier);
 }
 
 template <class C>
@@ -181,11 +182,12 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
   for (int i = 0;; i++) {
     const int slot = i & 1;
     barrier_wait(barriers.query_empty(slot), ((i >> 1) & 1) ^ 1);
-    if (thread == 0) {
-      int index = blockIdx.x + i * gridDim.x;
-      if (i > 0 && p.work_counter != nullptr) index = gridDim.x + atomicAdd(p.work_counter, 1);
-      works[slot] = find_work(p, s, index);
-      barrier_arrive(barriers.work_ready(slot));
+    if (thread < 32) {
+      const Work work = next_work<C>(p, s, i);
+      if (thread == 0) {
+        works[slot] = work;
+        barrier_arrive(barriers.work_ready(slot));
+      }
     }
     named_barrier<7, kQueryThreads>();
     const Work work = works[slot];

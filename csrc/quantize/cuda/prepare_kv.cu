@@ -8,10 +8,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
 #include "attention/sm90/ptx.cuh"
+#include "common/packed.cuh"
 #include "cuda/error.h"
 #include "quantize/cuda/extremes.cuh"
 #include "quantize/cuda/prepared.h"
@@ -100,8 +102,8 @@ constexpr int kQueryHeads = 4, kQueryRows = 64;
 static_assert(kQueryBlock % kQueryRows == 0);
 
 __host__ __device__ int query_blocks(const PrepareParams& p) {
-  return p.batch * ((p.query.heads + kQueryHeads - 1) / kQueryHeads) * p.query.blocks() *
-         (kQueryBlock / kQueryRows);
+  return p.batch * ((p.query.heads + kQueryHeads - 1) / kQueryHeads) *
+         static_cast<int>(p.query.prepared.rows / kQueryRows);
 }
 
 // Codes and scales of some rows of a query, which are normed and rotated first.
@@ -116,7 +118,6 @@ __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index)
   const int first = index / groups / p.batch * kQueryRows;
   const int column = threadIdx.x % kLanes * 8;
   const Element* rows = static_cast<const Element*>(q.query) + batch * q.rows.stride_b + column;
-  const int64_t padded = static_cast<int64_t>(q.blocks()) * kQueryBlock;
 #pragma unroll 1
   for (int i = 0; i < kQueryRows / kRowsAtOnce; i++) {
     const int row = first + i * kRowsAtOnce + threadIdx.x / kLanes;
@@ -146,7 +147,7 @@ __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index)
       float scaled[8];
 #pragma unroll
       for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[h][c], inverse);
-      const int64_t at = (static_cast<int64_t>(batch) * q.heads + head) * padded + row;
+      const int64_t at = (static_cast<int64_t>(batch) * q.heads + head) * q.prepared.rows + row;
       if (column == 0) q.prepared.scales[at] = __fmul_rn(scale.scale, fabsf(q.scale) * kLog2E);
       *reinterpret_cast<uint2*>(q.prepared.codes + at * kWidth +
                                 sm90::swizzled<kWidth>(column / 16, row) * 16 + column % 16) =
@@ -203,10 +204,41 @@ struct Shared {
   float scale[kWidth], inverse[kWidth];
 };
 
-template <int kWidth, typename Element, Pairing kPairing>
+// The 1024 keys of a head that a cluster has, in their sequence, which is a batch entry or one of
+// those that are packed.
+struct Group {
+  int batch, head;
+  int64_t mean;  // row of key_mean
+  int seqlen, number;
+  int first_row;                    // of the tensors: where the sequence starts
+  int64_t first_tile, first_group;  // of the sequence
+};
+
+// The group may be one beyond the sequence.
+template <bool kIsPacked>
+__device__ __forceinline__ Group find_group(const PrepareParams& p, int cluster) {
+  // Of all heads the same tokens first, which share the tables and may lie side by side.
+  const int heads = p.batch * p.heads, head = cluster % heads, number = cluster / heads;
+  const int64_t tile = head * p.kv.tiles, group = head * p.kv.groups;
+  if constexpr (kIsPacked) {
+    const int sequence = find_sequence(p.kv.packed, number, kValueGroup);
+    const Span keys = span_of(p.kv.packed, sequence);
+    const int first = first_unit(keys.first, sequence, kValueGroup);
+    return {0,
+            head,
+            static_cast<int64_t>(sequence) * heads + head,
+            keys.length,
+            number - first,
+            keys.first,
+            tile + 2 * first_unit(keys.first, sequence, kKeyBlock128),
+            group + first};
+  }
+  return {head / p.heads, head % p.heads, head, p.kv.seqlen, number, 0, tile, group};
+}
+
+template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked>
 __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
-    __cluster_dims__(kBlocks<kWidth>, 1, 1)
-        prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
+    prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
   constexpr int kTokens = torch_sage::kTokens<kWidth>, kBlocks = torch_sage::kBlocks<kWidth>;
   constexpr int kLanes = kWidth / 8;  // threads that share a row of K
   constexpr int kRowsAtOnce = kThreads / kLanes;
@@ -219,27 +251,33 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   sm90::let_next_kernel_start();
   if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
   if constexpr (kPairing != Pairing::kNone) {
-    const int of_keys = static_cast<int>(p.kv.groups()) * kBlocks * p.batch * p.heads;
+    const int of_keys = static_cast<int>(p.kv.groups) * kBlocks * p.batch * p.heads;
     if (blockIdx.x >= of_keys) {  // whole clusters
       prepare_query<kPairing, kWidth, Element>(p, blockIdx.x - of_keys);
       return;
     }
   }
   cg::cluster_group cluster = cg::this_cluster();
+  const int cluster_blocks = kIsPacked ? static_cast<int>(cluster.num_blocks()) : kBlocks;
+  const int rank = cluster.block_rank();
+  const Group group = find_group<kIsPacked>(p, blockIdx.x / cluster_blocks);
+  const int seqlen = group.seqlen;
+  const int count = min(kValueGroup, seqlen - group.number * kValueGroup);  // keys of the group
+  int blocks = kBlocks;                                                     // that have some
+  if constexpr (kIsPacked) {
+    blocks = (count + kTokens - 1) / kTokens;
+    if (group.number < 0 || rank >= blocks) return;
+  }
   // Another block's shared memory may be written to once that block runs.
   auto started = cluster.barrier_arrive();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int seqlen = p.kv.seqlen;
-  // Of all heads the same tokens first, which share the tables and may lie side by side.
-  const int heads = p.batch * p.heads, head = blockIdx.x / kBlocks % heads;
-  const int block = blockIdx.x / kBlocks / heads * kBlocks + blockIdx.x % kBlocks;
-  const int first = block * kTokens;  // token of the block
+  const int first = group.number * kValueGroup + rank * kTokens;  // token of the block
   const int valid = min(kTokens, seqlen - first);
-  const int64_t tiles = p.kv.tiles();
-  const Element* key = static_cast<const Element*>(p.key) + head / p.heads * p.key_stride_b +
-                       head % p.heads * p.key_stride_h;
-  const Element* value = static_cast<const Element*>(p.value) + head / p.heads * p.value_stride_b +
-                         head % p.heads * p.value_stride_h;
+  const int tiles = (seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;  // of the sequence
+  const Element* key = static_cast<const Element*>(p.key) + group.batch * p.key_stride_b +
+                       group.head * p.key_stride_h + group.first_row * p.key_stride_n;
+  const Element* value = static_cast<const Element*>(p.value) + group.batch * p.value_stride_b +
+                         group.head * p.value_stride_h + group.first_row * p.value_stride_n;
 
   // K: a thread has 8 channels of every kRowsAtOnce-th row.
   const int key_column = thread % kLanes * 8, key_row = thread / kLanes;
@@ -252,9 +290,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   }
   const auto rotate_key = [&](Vector8<Element>& x, int token) {
     if constexpr (kPairing != Pairing::kNone) {
-      const int batch = head / p.heads, inside = min(token, seqlen - 1);
-      const Angles angles = angles_of(p.key_rotary, batch, inside, key_column);
-      rotate<kPairing, kWidth>(x, p.key_rotary, angles, batch, head % p.heads, inside, key_column);
+      const int inside = min(token, seqlen - 1);
+      const Angles angles = angles_of(p.key_rotary, group.batch, inside, key_column);
+      rotate<kPairing, kWidth>(x, p.key_rotary, angles, group.batch, group.head, inside,
+                               key_column);
     }
   };
   // V: a thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
@@ -307,9 +346,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     shared.key_mean[thread] = is_finite(sum) ? sum : 0.f;
   }
   __syncthreads();
-  if (block == 0 && thread < p.key_mean_columns)
-    p.kv.key_mean[static_cast<int64_t>(head) * p.key_mean_columns + thread] =
-        shared.key_mean[thread];
+  if (first == 0 && thread < p.key_mean_columns)
+    p.kv.key_mean[group.mean * p.key_mean_columns + thread] = shared.key_mean[thread];
 
   // Amax of K. Rows of a thread share (row % 8) / 2, the index of their scale.
   const int scale_index = key_row % 8 / 2;
@@ -334,14 +372,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   __syncthreads();
 
   // Codes of K.
-  const bool is_tile = first < tiles * kKeyTile;  // blocks of a cluster may lie behind the end
-  if (is_tile && thread < kTokens / kKeyBlock128 * 4) {
-    const int64_t at = head * (tiles / 2) + first / kKeyBlock128 + thread / 4;
-    if (at < (head + 1) * (tiles / 2))
-      p.kv.key_scales[at * 4 + thread % 4] =
-          scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
-  }
-  int8_t* key_image = p.kv.key_codes + (head * tiles + first / kKeyTile) * (kKeyTile * kWidth);
+  // Blocks of a cluster may lie behind the end.
+  if (thread < kTokens / kKeyBlock128 * 4 && first / kKeyBlock128 + thread / 4 < tiles / 2)
+    p.kv.key_scales[(group.first_tile / 2 + first / kKeyBlock128) * 4 + thread] =
+        scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
+  int8_t* key_image = p.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
   float inverse_of_key = 0;
 #pragma unroll
   for (int i = 0; i < kRounds; i++) {
@@ -363,7 +398,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 
   // Sum and extremes of V, where NaN passes through all of them.
   const int owned_column = value_column + lane % 8;
-  const int share = cluster.block_rank() * (128 / kWidth) + warp / kPairs;
+  const int share = rank * (128 / kWidth) + warp / kPairs;
   {
     float sum[8] = {}, low[8], high[8];
 #pragma unroll
@@ -389,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     const float folded_high = fold_16_lanes(high, lane, larger_of);
     cluster.barrier_wait(std::move(started));
     // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
-    for (int to = lane % 16 / 8; to < kBlocks; to += 2) {
+    for (int to = lane % 16 / 8; to < blocks; to += 2) {
       Shared<kWidth>* other = cluster.map_shared_rank(&shared, to);
       other->sum[share][owned_column] = folded_sum;
       other->low[share][owned_column] = folded_low;
@@ -398,16 +433,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   }
   cluster.sync();
 
-  const int64_t group_at = (head * p.kv.groups() + block / kBlocks) * kWidth;
+  const int64_t group_at = (group.first_group + group.number) * kWidth;
+  const int shares = blocks * (128 / kWidth);
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kShares<kWidth>; i++) {
+    for (int i = 0; i < shares; i++) {
       sum += shared.sum[i][thread];
       low = smaller_of(low, shared.low[i][thread]);
       high = larger_of(high, shared.high[i][thread]);
     }
-    const int count = min(kValueGroup, seqlen - block / kBlocks * kValueGroup);
     const float center = p.smooth_value ? sum * (static_cast<float>(kValueGroup) / count) : 0.f;
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
     const ScaleAndInverse scale =
@@ -415,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     shared.center[thread] = center;
     shared.scale[thread] = scale.scale;
     shared.inverse[thread] = scale.inverse;
-    if (cluster.block_rank() == 0) p.kv.value_scales[group_at + thread] = scale.scale;
+    if (rank == 0) p.kv.value_scales[group_at + thread] = scale.scale;
   }
 
   __syncthreads();
@@ -446,7 +481,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
       const int place = sm90::swizzled<kKeyTile>(quad / 4, column);
       if (tile < tiles)
         *reinterpret_cast<uint32_t*>(p.kv.value_codes +
-                                     (head * tiles + tile) * (kKeyTile * kWidth) +
+                                     (group.first_tile + tile) * (kKeyTile * kWidth) +
                                      column * kKeyTile + place * 16 + quad % 4 * 4) = codes;
     }
     const float2 codes = __half22float2(code_sum);
@@ -455,50 +490,62 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   const float folded = fold_16_lanes(error, lane, [](float a, float b) { return a + b; });
   if (lane % 16 < 8) cluster.map_shared_rank(&shared, 0)->error[share][owned_column] = folded;
   auto written = cluster.barrier_arrive();
-  if (cluster.block_rank() != 0) return;
+  if (rank != 0) return;
   cluster.barrier_wait(std::move(written));
   if (thread < kWidth) {
     float total = 0;
-    for (int i = 0; i < kShares<kWidth>; i++) total += shared.error[i][thread];
-    const int count = min(kValueGroup, seqlen - first);
+    for (int i = 0; i < shares; i++) total += shared.error[i][thread];
     const float mean_error = is_finite(total) ? total / count : 0.f;
     p.kv.value_shift[group_at + thread] = shared.center[thread] + mean_error;
   }
 }
 
-template <int kWidth, typename Element, Pairing kPairing>
+template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked = false>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  int64_t grid = p.kv.groups() * kBlocks<kWidth> * p.batch * p.heads;
-  if (kPairing != Pairing::kNone) {
-    constexpr int kCluster = kBlocks<kWidth>;
-    grid += (query_blocks(p) + kCluster - 1) / kCluster * kCluster;
-  }
+  int cluster = kBlocks<kWidth>;
+  if constexpr (kIsPacked)
+    cluster = std::min(cluster, (p.kv.packed.longest + kTokens<kWidth> - 1) / kTokens<kWidth>);
+  int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
+  if constexpr (kPairing != Pairing::kNone)
+    grid += (query_blocks(p) + cluster - 1) / cluster * cluster;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   // Not <<<>>>: an error would have to be read from where others leave theirs.
-  check_cuda(cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing>, p),
-             "the launch of prepare_kv");
+  check_cuda(
+      cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>, p),
+      "the launch of prepare_kv");
 }
 
 template <int kWidth, typename Element>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  switch (p.key_rotary.pairing) {
-    case Pairing::kNone:
-      return launch<kWidth, Element, Pairing::kNone>(p, stream);
-    case Pairing::kHalves:
-      return launch<kWidth, Element, Pairing::kHalves>(p, stream);
-    case Pairing::kNeighbours:
-      return launch<kWidth, Element, Pairing::kNeighbours>(p, stream);
+  if (p.kv.packed.starts != nullptr)  // which nobody rotates
+    return launch<kWidth, Element, Pairing::kNone, true>(p, stream);
+  if constexpr (sizeof(Element) == 4) {  // nor fp32
+    return launch<kWidth, Element, Pairing::kNone>(p, stream);
+  } else {
+    switch (p.key_rotary.pairing) {
+      case Pairing::kNone:
+        return launch<kWidth, Element, Pairing::kNone>(p, stream);
+      case Pairing::kHalves:
+        return launch<kWidth, Element, Pairing::kHalves>(p, stream);
+      case Pairing::kNeighbours:
+        return launch<kWidth, Element, Pairing::kNeighbours>(p, stream);
+    }
   }
 }
 
 template <int kWidth>
 void launch(const PrepareParams& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case Dtype::kFloat32:  // which nobody rotates
-      return launch<kWidth, float, Pairing::kNone>(p, stream);
+    case Dtype::kFloat32:
+      return launch<kWidth, float>(p, stream);
     case Dtype::kBFloat16:
       return launch<kWidth, __nv_bfloat16>(p, stream);
     case Dtype::kFloat16:

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/packed.h"
 #include "common/params.h"
 #include "quantize/cuda/rotary.h"
 
@@ -15,14 +16,19 @@ constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) 
 constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
 constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
 
-// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64 or 128.
+// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64 or 128. Packed
+// sequences are one batch entry, in which each begins with a block of 128 keys and a group of 1024
+// of its own.
 struct PreparedKv {
   int seqlen;
   int width;
+  Packed packed;   // the keys of sequences, if they are packed
+  int64_t tiles;   // of 64 keys, an even number
+  int64_t groups;  // of 1024 keys
   // Images [64 keys, width] of int8, 16-byte chunks of a row permuted as wgmma's swizzle wants.
   int8_t* key_codes;
   float* key_scales;  // [blocks of 128 keys, 4]
-  float* key_mean;    // [head_dim]
+  float* key_mean;    // [head_dim], per sequence
   // Images [width, 64 keys] of E4M3; the 16 keys of a chunk stand in the order in which a thread
   // holds its scores: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
   uint8_t* value_codes;
@@ -30,19 +36,13 @@ struct PreparedKv {
   // The same; what V has more than codes times scales on average: the mean that was subtracted, and
   // the mean error of the codes.
   float* value_shift;
-
-  __host__ __device__ int64_t tiles() const {
-    return static_cast<int64_t>(seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;
-  }
-  __host__ __device__ int64_t groups() const {
-    return static_cast<int64_t>(seqlen + kValueGroup - 1) / kValueGroup;
-  }
 };
 
 constexpr int kQueryBlock = 192;  // query rows of a piece of the attention kernel's work
 
 // A query as the attention kernel quantizes it otherwise, rows padded to whole blocks with zeros.
 struct PreparedQuery {
+  int64_t rows;   // of a head, with those that fill up the last block
   int8_t* codes;  // [b, h_q, rows, width], 16-byte chunks permuted like those of keys; may be null
   float* scales;  // [b, h_q, rows], times |softmax scale| * log2(e), whose sign is in the codes
 };
@@ -55,8 +55,6 @@ struct QueryParams {
   Rotary rotary;
   float scale;  // of the scores, any sign
   PreparedQuery prepared;
-
-  __host__ __device__ int blocks() const { return (seqlen + kQueryBlock - 1) / kQueryBlock; }
 };
 
 struct PrepareParams {
