@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-OPS = torch.ops.torch_sage
+from torch_sage import ops
 
 
 class Packed(NamedTuple):
@@ -96,7 +96,12 @@ def as_batch(x: Tensor, rows: slice) -> Tensor:
 
 
 def one_by_one(
-    packed: Packed, causal: str, scale: float | None = None, **recipe: Any
+    packed: Packed,
+    causal: str,
+    scale: float | None = None,
+    *,
+    sdpa_with_lse: Callable[..., tuple[Tensor, Tensor]] = ops.sdpa_with_lse,
+    **recipe: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return output and LSE of ``sdpa_with_lse`` on every sequence alone, packed."""
     q, k, v = packed[:3]
@@ -104,7 +109,7 @@ def one_by_one(
     lse = torch.full(q.shape[1::-1], -torch.inf, device=q.device)
     for queries, keys in sequences(packed):
         operands = as_batch(q, queries), as_batch(k, keys), as_batch(v, keys)
-        alone = OPS.sdpa_with_lse(*operands, None, causal, scale, **recipe)
+        alone = sdpa_with_lse(*operands, None, causal, scale, **recipe)
         output[queries] = alone[0][0].transpose(0, 1)
         lse[:, queries] = alone[1][0]
     return output, lse

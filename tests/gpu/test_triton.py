@@ -15,6 +15,13 @@ import torch_sage
 from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
 from tests.numerics import assert_within_budget, relative_l1, same_bits
 from tests.triton.oracle import ALL_CASES, GRANULARITIES, arguments, expected
+from tests.triton.packed import (
+    WITH_LSE,
+    assert_nothing_outside_is_found,
+    assert_one_by_one,
+    assert_tiles_are_found,
+)
+from tests.varlen import one_by_one, pack, starts
 from torch_sage import SageConfig, reference
 from torch_sage.ops import triton_ops
 from torch_sage.recipes import SUPPORT
@@ -199,3 +206,137 @@ def test_autocast_and_default_half() -> None:
     assert output.dtype == torch.float16
     exact = F.scaled_dot_product_attention(q, k, v)
     assert relative_l1(output.float().cpu(), exact.cpu()) < 0.02
+
+
+DEFAULT = SUPPORT["cuda"].default.op_kwargs()  # Triton's alone, as MEASURED
+# Tiles of 64 rows and of 128 keys, chunks of 256 whose sums others add up 32 at a time, and 128
+# sequences that a search asks for at once, meet their edges.
+LENGTHS = {
+    "edges": ([0, 1, 63, 64, 65, 1000, 128], [1, 0, 64, 63, 129, 65, 1000]),
+    "chunks": ([40, 130, 7, 200], [1025, 1, 17000, 257]),
+    "many": ([3 * i % 50 for i in range(300)], [5 * i % 70 for i in range(300)]),
+    "skewed": ([20000] + [30] * 50, [20000] + [30] * 50),
+}
+
+
+@pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_every_sequence_has_the_bits_of_a_call_alone(lengths: str, causal: str) -> None:
+    packed = pack(*LENGTHS[lengths], device="cuda")
+    assert_one_by_one(packed, causal, None, **DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "smooth", "dims", "layout", "dtype", "pv"),
+    [
+        ("token_block", "qkv", (128, 128), "thd", torch.bfloat16, "bf16"),
+        ("token", "v", (64, 64), "htd", torch.float16, "fp16"),
+        ("thread", "kv", (128, 40), "sliced", torch.float32, "fp16"),
+        ("warp", "qk", (33, 128), "fused", torch.bfloat16, "fp16"),
+        ("block", "", (256, 256), "thd", torch.float32, "bf16"),
+    ],
+)
+def test_packed_recipes_layouts_and_widths(
+    granularity: str, smooth: str, dims: tuple[int, int], layout: str, dtype: torch.dtype, pv: str
+) -> None:
+    queries, keys = [65, 0, 1, 130], [33, 7, 0, 300]
+    packed = pack(
+        queries,
+        queries if layout == "fused" else keys,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        dtype=dtype,
+        layout=layout,
+        device="cuda",
+    )
+    formats = {"qk": "int8", "granularity": granularity, "pv": pv, "smooth": smooth}
+    assert_one_by_one(packed, "bottom_right", -0.1, **formats)
+
+
+def test_packed_sequences_reach_the_kernels() -> None:
+    """By the ops, whether the library has kernels for others or not, and by the function."""
+    packed = pack([300, 20], [300, 20], device="cuda")
+    expected = one_by_one(packed, "top_left", **DEFAULT)
+    for got, right in zip(
+        OPS.varlen_sdpa_with_lse(*packed, "top_left", **DEFAULT), expected, strict=True
+    ):
+        assert same_bits(got, right)
+    assert same_bits(OPS.varlen_sdpa(*packed, "top_left", **DEFAULT), expected[0])
+    result = torch_sage.varlen_attention(*packed, is_causal=True, config=MEASURED)
+    assert isinstance(result, Tensor) and same_bits(result, expected[0])
+    with pytest.raises((RuntimeError, ValueError), match="pv must be one of"):
+        OPS.varlen_sdpa(*packed, **{**DEFAULT, "pv": "fp16_fp16"})
+    with pytest.raises((RuntimeError, ValueError), match="cu_seqlens_k must be on cuda:0"):
+        OPS.varlen_sdpa(*packed[:4], packed.cu_seqlens_k.cpu(), 300, 300, **DEFAULT)
+
+
+@pytest.mark.parametrize("lengths", [[300], [3, 0, 9] * 43, [1] * 17000])
+def test_tiles_of_packed_sequences_are_found(lengths: list[int]) -> None:
+    assert_tiles_are_found(starts(lengths, "cuda"), 32, most=20000)
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [[0, 2**31 - 1, -(2**31), 5, 400], [-7, 300, 10, 370, 370], [370, 0, 370, 0, 370], [-1] * 5],
+)
+def test_lengths_that_make_no_sense_touch_no_other_memory(edges: list[int]) -> None:
+    packed = pack([100, 200, 70], [100, 200, 70], device="cuda")
+    wrong = torch.tensor(edges, dtype=torch.int32, device="cuda")
+    for size in (1, 64, 128):
+        assert_nothing_outside_is_found(wrong, 370, size, longest=200)
+    for q_edges, k_edges in ((wrong, wrong), (packed.cu_seqlens_q.repeat(2)[:5], wrong)):
+        WITH_LSE(*packed[:3], q_edges, k_edges, 370, 370, "bottom_right", **DEFAULT)
+    torch.cuda.synchronize()
+    assert_one_by_one(packed, "bottom_right", None, **DEFAULT)
+
+
+def test_packed_rows_that_no_sequence_has_are_zero() -> None:
+    packed = pack([100, 200, 70], [100, 200, 70], device="cuda")
+    inner = torch.tensor([100, 300], dtype=torch.int32, device="cuda")
+    output, lse = WITH_LSE(*packed[:3], inner, inner, 200, 200, **DEFAULT)
+    whole, whole_lse = WITH_LSE(*packed, **DEFAULT)
+    assert same_bits(output[100:300], whole[100:300])
+    assert same_bits(lse[:, 100:300], whole_lse[:, 100:300])
+    for outside in (slice(100), slice(300, 370)):
+        assert (output[outside] == 0).all() and (lse[:, outside] == -torch.inf).all()
+
+
+def test_a_graph_is_replayed_with_other_lengths() -> None:
+    tokens, count = 1500, 6
+    first = pack([250] * count, [250] * count, device="cuda")
+    inputs = first._replace(max_seqlen_q=tokens, max_seqlen_k=tokens)
+    OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **DEFAULT)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **DEFAULT)
+    for lengths in ([1500, 0, 0, 0, 0, 0], [1, 2, 3, 1400, 90, 4], [65, 64, 63, 500, 408, 400]):
+        for edges in (inputs.cu_seqlens_q, inputs.cu_seqlens_k):
+            edges.copy_(starts(lengths))
+        for x in inputs[:3]:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        alone = one_by_one(inputs, "bottom_right", **DEFAULT)
+        for got, right in zip(captured, alone, strict=True):
+            assert same_bits(got, right)
+
+
+def test_packed_sequences_wait_for_nothing_and_take_the_memory_of_their_tokens() -> None:
+    packed = pack([20000] + [30] * 50, [20000] + [30] * 50, device="cuda")
+    OPS.varlen_sdpa(*packed, **DEFAULT)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        OPS.varlen_sdpa(*packed, **DEFAULT)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    inputs = sum(x.numel() * x.element_size() for x in packed[:3])
+    assert torch.cuda.max_memory_allocated() - before < 2 * inputs
+
+
+@pytest.mark.parametrize("name", ["varlen_sdpa", "varlen_sdpa_with_lse"])
+def test_opcheck_of_packed_sequences(name: str) -> None:
+    packed = pack([30, 70], [30, 70], device="cuda")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(OPS, name).default, packed, DEFAULT, test_utils=tests)

@@ -20,6 +20,8 @@ from torch_sage.ops.dispatch import why_not
 from torch_sage.recipes import SUPPORT
 
 ALWAYS = SageConfig(dispatch="always")
+WHOLE = ("sdpa", "sdpa_with_lse", "varlen_sdpa", "varlen_sdpa_with_lse")
+TRITONS = " ".join(f"triton_{name}" for name in WHOLE)
 PARTS = {"quantize_query", "quantize_key", "quantize_value", "attention", "attention_with_lse"}
 
 # The module that tells what the library was built for, put in its place before the package's own.
@@ -35,10 +37,11 @@ module.cuda_gpus = lambda: {gpus}
 from torch_sage.ops.schemas import LIBRARY
 ours = sorted(name.split("/")[1] for name in LIBRARY._op_impls if name.endswith("/CUDA"))
 print(*ours)
-private = ("triton_sdpa", "triton_sdpa_with_lse", "mma_prepare_kv")
+whole = {whole}
+private = (*("triton_" + name for name in whole), "mma_prepare_kv")
 print(*(name for name in private if hasattr(torch.ops.torch_sage, name)))
 if {gpus}:
-    for name in ("sdpa", "sdpa_with_lse"):
+    for name in whole:
         schema = getattr(torch.ops.torch_sage, name).default._schema
         private = getattr(torch.ops.torch_sage, "triton_" + name).default._schema
         assert str(private.arguments) == str(schema.arguments), private
@@ -51,17 +54,17 @@ if {gpus}:
     ("gpus", "private"),
     [
         ({}, ""),
-        ({"sm90": ("9.0",)}, "triton_sdpa triton_sdpa_with_lse"),
-        ({"sm80": ("8.0",)}, "triton_sdpa triton_sdpa_with_lse mma_prepare_kv"),
+        ({"sm90": ("9.0",)}, TRITONS),
+        ({"sm80": ("8.0",)}, f"{TRITONS} mma_prepare_kv"),
     ],
 )
 def test_the_library_runs_the_whole_op_on_cuda_where_it_has_kernels(
     gpus: dict[str, tuple[str, ...]], private: str
 ) -> None:
-    done = run_python("-c", PRETEND.format(gpus=gpus))
+    done = run_python("-c", PRETEND.format(gpus=gpus, whole=WHOLE))
     assert done.returncode == 0, done.stderr
     ours, found = done.stdout.splitlines()
-    whole = {"triton_sdpa", "triton_sdpa_with_lse"} if gpus else {"sdpa", "sdpa_with_lse"}
+    whole = set(TRITONS.split()) if gpus else set(WHOLE)
     assert set(ours.split()) == PARTS | whole
     assert found == private
 
@@ -81,7 +84,7 @@ def test_the_kernel_gets_every_argument_of_the_schema(
     assert found["granularity"] == "token" and found["output_order"] == "bhsd"
 
 
-@pytest.mark.parametrize("name", ["sdpa", "sdpa_with_lse"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_errors_of_the_kernel_reach_the_library_as_text(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.cases import DTYPES
 from torch_sage import devices
-from torch_sage.ops import triton_attention, triton_quantize
+from torch_sage.ops import triton_attention, triton_quantize, triton_statistics
 
 TARGETS = (80, 89, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -67,11 +68,12 @@ def compile_for(
     }
 
 
-def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, Any]:
+def attention(arch: int, head_dim: int, half: str, causal: bool, packed: bool) -> dict[str, Any]:
     """Compile the attention of the default recipe, with the bias of a smoothed Q besides."""
     with patch.object(devices, "generation", lambda index: arch // 10):
         tile = triton_attention.tile_for(head_dim, head_dim, torch.device("cuda", 0))
     constants = {
+        "PACKED": packed,
         "IS_NEGATIVE": False,
         "CAUSAL": causal,
         "MASK": "none",
@@ -87,29 +89,34 @@ def attention(arch: int, head_dim: int, half: str, causal: bool) -> dict[str, An
         "EVEN_D": True,
         "EVEN_DV": True,
         "WIDE": False,
+        "QUERY_BLOCK": 1,
         "QUERY_SPAN": 1,
         "QUERY_LANE_ROWS": 8,
+        "KEY_BLOCK": 128,
         "KEY_SPAN": 128,
         "KEY_LANE_ROWS": 8,
         "BASE2": triton_attention.LOG2_E,
         "NATURAL": triton_attention.LN_2,
         "LARGEST": triton_attention.FP32_MAX,
+        "LARGEST_OUTPUT": torch.finfo(DTYPES[half]).max,
         "key_stride_d": 1,
         "value_stride_d": 1,
     }
     types = dict.fromkeys(("query_scales", "key_scales", "value_scales", "value_mean"), "*fp32")
     types |= dict.fromkeys(("score_bias", "mask", "lse", "lse_shift"), "*fp32")
     types |= dict.fromkeys(("query", "key"), "*i8") | dict.fromkeys(("value", "output"), f"*{half}")
-    types |= {"magnitude": "fp32"}
+    types |= {"magnitude": "fp32", "starts_q": "*i32", "starts_k": "*i32"}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     kernel = triton_attention._attention_kernel
     return compile_for(arch, kernel, constants, types, options)
 
 
-def quantize(arch: int, head_dim: int, half: str, span: int) -> dict[str, Any]:
+def quantize(arch: int, head_dim: int, half: str, span: int, packed: bool) -> dict[str, Any]:
     """Compile the quantizer of K, per row or per span of rows."""
-    tile = triton_quantize._TILE_ROWS if span == 1 else span
+    tile = triton_quantize.TILE_ROWS if span == 1 else span
     constants = {
+        "PACKED": packed,
+        "BLOCK": span,
         "HAS_MEAN": True,
         "TILE": tile,
         "SPAN": span,
@@ -122,25 +129,43 @@ def quantize(arch: int, head_dim: int, half: str, span: int) -> dict[str, Any]:
         "INFINITY": triton_quantize.INFINITY_BITS,
         "stride_d": 1,
     }
-    types = {"x": f"*{half}", "mean": "*fp32", "codes": "*i8", "scales": "*fp32"}
+    types = {"x": f"*{half}", "mean": "*fp32", "codes": "*i8", "scales": "*fp32", "starts": "*i32"}
     options = triton_quantize.launch_options(tile, head_dim)
     return compile_for(arch, triton_quantize._rows_kernel, constants, types, options)
+
+
+def statistic(arch: int, head_dim: int, half: str, is_mean: bool) -> dict[str, Any]:
+    """Compile what adds up, or compares, chunks of packed sequences."""
+    constants = {
+        **triton_statistics.constants(head_dim, is_mean=is_mean, is_packed=True),
+        "HAS_MEAN": not is_mean,
+        "stride_d": 1,
+    }
+    options = {name: constants.pop(name) for name in ("enable_fp_fusion", "num_warps")}
+    types = {"x": f"*{half}", "mean": "*fp32", "starts": "*i32"}
+    types["partials"] = "*fp32" if is_mean else "*i32"
+    return compile_for(arch, triton_statistics._chunk_kernel, constants, types, options)
 
 
 def main() -> None:
     """Print what every kernel compiles to on every target."""
     report = []
     for arch in TARGETS:
-        for head_dim, half, causal in (
-            (64, "fp16", False),
-            (128, "bf16", True),
-            (256, "bf16", True),
+        for head_dim, half, causal, packed in (
+            (64, "fp16", False, False),
+            (128, "bf16", True, False),
+            (128, "bf16", True, True),
+            (256, "bf16", True, False),
         ):
-            code = attention(arch, head_dim, half, causal)
-            report.append({"name": f"attention {head_dim} {half}", **code})
+            code = attention(arch, head_dim, half, causal, packed)
+            kind = "packed" if packed else "batch"
+            report.append({"name": f"attention {head_dim} {half} {kind}", **code})
         for span in (1, 64):
-            code = quantize(arch, 128, "bf16", span)
+            code = quantize(arch, 128, "bf16", span, packed=span == 1)
             report.append({"name": f"quantize {span}", **code})
+        for is_mean in (True, False):
+            code = statistic(arch, 128, "bf16", is_mean)
+            report.append({"name": f"statistic {is_mean}", **code})
     json.dump(report, sys.stdout)
 
 

@@ -17,6 +17,14 @@ import torch
 from tests.cases import DTYPES, AttentionCase, make_inputs
 from tests.numerics import assert_within_budget, same_bits
 from tests.triton.oracle import ALL_CASES, GRANULARITIES, arguments, expected
+from tests.triton.packed import (
+    WITH_LSE,
+    assert_nothing_outside_is_found,
+    assert_one_by_one,
+    assert_tiles_are_found,
+    recipe,
+)
+from tests.varlen import pack, starts
 from torch_sage import recipes, reference
 from torch_sage.ops import triton_ops
 
@@ -133,6 +141,110 @@ def test_poison_stays_in_its_rows() -> None:
     assert (
         poisoned[0, 1, 100:].all() and not poisoned[0, 1, :100].any() and not poisoned[0, 0].any()
     )
+
+
+@pytest.mark.parametrize(
+    ("granularity", "smooth", "dims", "layout", "causal", "dtype"),
+    [
+        ("token_block", "k", (64, 64), "thd", "bottom_right", torch.float16),
+        ("token", "", (16, 40), "htd", "none", torch.float32),
+        ("thread", "qkv", (40, 33), "sliced", "top_left", torch.bfloat16),
+        ("warp", "q", (1, 16), "thd", "none", torch.float16),
+        ("block", "v", (33, 17), "fused", "bottom_right", torch.float32),
+    ],
+)
+def test_every_sequence_has_the_bits_of_a_call_alone(
+    granularity: str,
+    smooth: str,
+    dims: tuple[int, int],
+    layout: str,
+    causal: str,
+    dtype: torch.dtype,
+) -> None:
+    """Of empty ones and such as reach over a tile of every kernel, 32 to 256 rows."""
+    queries, keys = [65, 0, 1, 130], [33, 7, 0, 300]
+    if layout == "fused":
+        keys = queries
+    packed = pack(
+        queries,
+        keys,
+        heads=2,
+        heads_kv=1,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        dtype=dtype,
+        layout=layout,
+    )
+    assert_one_by_one(packed, causal, -0.2, **recipe(granularity, smooth))
+
+
+def test_packed_sequences_are_what_the_oracle_says() -> None:
+    packed = pack([65, 0, 30], [40, 7, 77], heads=2, heads_kv=1, dtype=torch.float32)
+    output, lse = WITH_LSE(*packed, "bottom_right", **recipe(smooth=""))
+    exact = reference.varlen_attention(*packed[:5], causal="bottom_right", **recipe(smooth=""))
+    assert torch.allclose(output, exact.output, atol=5e-3)
+    assert torch.allclose(lse, exact.lse, atol=1e-5)
+
+
+def test_rows_that_no_sequence_has_are_zero() -> None:
+    packed = pack([40, 70, 9], [40, 70, 9], heads=2, heads_kv=1)
+    inner = torch.tensor([40, 110], dtype=torch.int32)
+    output, lse = WITH_LSE(*packed[:3], inner, inner, 70, 70, **recipe("thread", "kv"))
+    whole, whole_lse = WITH_LSE(*packed, **recipe("thread", "kv"))
+    assert same_bits(output[40:110], whole[40:110])
+    assert same_bits(lse[:, 40:110], whole_lse[:, 40:110])
+    for outside in (slice(40), slice(110, 119)):
+        assert (output[outside] == 0).all() and (lse[:, outside] == -torch.inf).all()
+
+
+def test_what_is_longer_than_it_may_be_is_left_out() -> None:
+    packed = pack([90, 40], [90, 40], heads=2, heads_kv=1)
+    output, _ = WITH_LSE(*packed[:5], 50, 50, "bottom_right", **recipe(smooth="qk"))
+    short = [torch.cat([x[:50], x[90:]]) for x in packed[:3]]
+    edges = starts([50, 40])
+    expected, _ = WITH_LSE(*short, edges, edges, 50, 50, "bottom_right", **recipe(smooth="qk"))
+    assert same_bits(torch.cat([output[:50], output[90:]]), expected)
+    assert (output[50:90] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [[0, 2**31 - 1, -(2**31), 5, 100], [-1] * 5, [2**30] * 5, [119, 0, 119, 0, 9], [-7, 90, 3]],
+)
+def test_lengths_that_make_no_sense_stay_inside(edges: list[int]) -> None:
+    wrong = torch.tensor(edges, dtype=torch.int32)
+    for size in (1, 32, 128):
+        assert_nothing_outside_is_found(wrong, 119, size, longest=70)
+
+
+def test_no_sequence_and_no_row() -> None:
+    output, lse = WITH_LSE(*pack([], [], heads=2, heads_kv=1), **recipe())
+    assert output.shape == (0, 2, 64) and lse.shape == (2, 0)
+    output, lse = WITH_LSE(*pack([0, 0], [3, 0], heads=2, heads_kv=1), **recipe())
+    assert output.shape == (0, 2, 64) and lse.shape == (2, 0)
+    output, lse = WITH_LSE(*pack([5, 0], [0, 0], heads=2, heads_kv=1), **recipe(smooth="kv"))
+    assert (output == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("lengths", [[300], [1, 0, 31, 32, 33, 100], [3, 0, 9] * 43, [1] * 17000])
+def test_tiles_of_packed_sequences_are_found(lengths: list[int]) -> None:
+    """Of up to 128 sequences in one step, 128 times as many in each one more."""
+    assert_tiles_are_found(starts(lengths), 32, most=100)
+    assert_tiles_are_found(torch.cat([starts([200]), starts(lengths) + 200])[1:], 32, most=100)
+
+
+def test_what_is_finite_stays_finite_in_the_output() -> None:
+    """Smoothed and rounded to 32, one value is 16 more than the largest of fp16."""
+    value = torch.tensor([65504.0, -1664.0]).half().expand(1, 1, 16, 2).mT
+    key = torch.tensor([1.0, -1.0]).half().expand(1, 1, 64, 2).mT
+    query = torch.full((1, 1, 1, 64), 8.0).half()
+    case = AttentionCase(head_dim_v=16, smooth="v", dtype="fp16")
+    inputs = make_inputs(case)._replace(query=query, key=key, value=value)
+    output = triton_ops.sdpa(**arguments(case, inputs, "fp16"))
+    assert (output == 65504).all()
+    value = torch.where(value > 0, torch.inf, value)
+    given = arguments(case, inputs._replace(value=value), "fp16") | {"smooth": ""}
+    assert (triton_ops.sdpa(**given) == torch.inf).all()
 
 
 def test_a_row_block_that_is_no_power_of_two_is_an_error() -> None:

@@ -51,7 +51,7 @@ def _lack(index: int | None, row: str) -> str | None:
 def register_kernels() -> None:
     """Run the ops on CUDA tensors by the Triton kernels, imported at the first call.
 
-    A library with CUDA code has the ops of all recipes itself. Recipes that its kernels do not run it hands
+    A library with CUDA code has the whole ops itself. Recipes that its kernels do not run it hands
     on to ops whose names begin with ``triton_``, which nothing else calls: their last result is the
     text of an error, in UTF-8, which it raises (``csrc/cuda/bindings.cpp``).
     ``mma_prepare_kv`` is the pass over K and V of its mma.sync kernels, for their tests alone.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from torch_sage import devices
 from torch_sage.ops import triton_packed
-from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
-from torch_sage.ops.triton_quantize import Groups
+from torch_sage.ops.triton_packed import Packed, find_tile, span_of
+from torch_sage.ops.triton_quantize import Groups, first_scale
 from torch_sage.ops.triton_statistics import padded
 
 LOG2_E = math.log2(math.e)
@@ -88,6 +88,7 @@ UNSPECIALIZED = (
     "count",
     "longest_q",
     "longest_k",
+    "from_the_end",
 )
 
 
@@ -95,14 +96,6 @@ UNSPECIALIZED = (
 def _tile_index(row, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr):
     """Return the scale of each row: ``Groups`` as arithmetic."""
     return row // SPAN * (8 // LANE_ROWS) + row % 8 // LANE_ROWS
-
-
-@triton.jit
-def _first_scale(
-    first, sequence, BLOCK: tl.constexpr, SPAN: tl.constexpr, LANE_ROWS: tl.constexpr, PACKED: tl.constexpr
-):
-    """Return where the scales of a sequence begin among those of its head."""
-    return first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * (8 // LANE_ROWS))
 
 
 @triton.jit
@@ -267,6 +260,7 @@ def _attention_kernel(
     longest_q,
     longest_k,
     magnitude,  # |scale| * log2(e)
+    from_the_end,  # 1 where the last query sees all keys, 0 where the first one sees one
     PACKED: tl.constexpr,
     IS_NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -292,6 +286,7 @@ def _attention_kernel(
     BASE2: tl.constexpr,
     NATURAL: tl.constexpr,
     LARGEST: tl.constexpr,
+    LARGEST_OUTPUT: tl.constexpr,
 ):
     # Tiles of one head are neighbours, so that they share its keys in the L2 cache; the tiles that
     # see most keys start first.
@@ -323,15 +318,13 @@ def _attention_kernel(
     if IS_NEGATIVE:
         codes = -codes
     query_scales += head * query_groups
-    query_scales += _first_scale(
-        first_q, sequence, QUERY_BLOCK, QUERY_SPAN, QUERY_LANE_ROWS, PACKED
-    )
+    query_scales += first_scale(first_q, sequence, QUERY_BLOCK, QUERY_SPAN, QUERY_LANE_ROWS, PACKED)
     index = _tile_index(row, QUERY_SPAN, QUERY_LANE_ROWS)
     query_scale = tl.load(query_scales + index, mask=is_row, other=0.0) * magnitude
 
-    if CAUSAL != "none":
+    if CAUSAL:
         # Row n sees the keys up to n + offset.
-        offset = seqlen_k - seqlen_q if CAUSAL == "bottom_right" else 0
+        offset = (seqlen_k - seqlen_q) * from_the_end
         visible = tl.minimum(row + offset + 1, seqlen_k)
         seen_by_all = tl.maximum(tl.minimum(tile * BLOCK_N + offset + 1, seqlen_k), 0)
         end = tl.maximum(tl.minimum((tile + 1) * BLOCK_N + offset, seqlen_k), 0)
@@ -348,7 +341,7 @@ def _attention_kernel(
     key += batch * key_stride_b + head_kv * key_stride_h + first_k * key_stride_n
     value += batch * value_stride_b + head_kv * value_stride_h + first_k * value_stride_n
     key_scales += (batch * heads_kv + head_kv) * key_groups
-    key_scales += _first_scale(first_k, sequence, KEY_BLOCK, KEY_SPAN, KEY_LANE_ROWS, PACKED)
+    key_scales += first_scale(first_k, sequence, KEY_BLOCK, KEY_SPAN, KEY_LANE_ROWS, PACKED)
     mask += batch * mask_stride_b + head_q * mask_stride_h
     for HIDES in tl.static_range(2):
         accumulated, total, total_exact, top = _attend(
@@ -402,6 +395,10 @@ def _attention_kernel(
     if HAS_VALUE_MEAN:
         result += tl.load(value_mean + of_head, mask=is_channel, other=0.0)[None, :]
     result = tl.where((total == 0.0)[:, None], 0.0, result)
+    if output.dtype.element_ty != tl.float32:
+        # A mean of values cannot leave their range, a rounded one can: what is finite stays so.
+        inside = tl.minimum(tl.maximum(result, -LARGEST_OUTPUT), LARGEST_OUTPUT)
+        result = tl.where(tl.abs(result) < float("inf"), inside, result)
     at = output + batch * output_stride_b + head_q * output_stride_h + first_q * output_stride_n
     at += row.to(tl.int64)[:, None] * output_stride_n + channel_v[None, :]
     tl.store(at, result.to(output.dtype.element_ty), mask=is_row[:, None] & is_channel[None, :])
@@ -484,7 +481,7 @@ def attention(
     arguments: dict[str, Any] = {
         "PACKED": packed is not None,
         "IS_NEGATIVE": scale < 0,
-        "CAUSAL": causal,
+        "CAUSAL": causal != "none",
         "MASK": mask_kind,
         "HAS_BIAS": keys.score_bias is not None,
         "HAS_VALUE_SCALES": values.scales is not None,
@@ -507,6 +504,7 @@ def attention(
         "BASE2": LOG2_E,
         "NATURAL": LN_2,
         "LARGEST": FP32_MAX,
+        "LARGEST_OUTPUT": torch.finfo(output.dtype).max,
         "enable_fp_fusion": True,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -546,5 +544,6 @@ def attention(
         longest_q,
         longest_k,
         abs(scale) * LOG2_E,
+        int(causal == "bottom_right"),
         **arguments,
     )

@@ -16,8 +16,10 @@ from torch_sage.ops import (
     checks,
     schemas,
     triton_attention,
+    triton_dot,
     triton_packed,
     triton_quantize,
+    triton_round,
     triton_statistics,
 )
 from torch_sage.ops.triton_attention import LOG2_E, Keys, Query, Values
@@ -56,7 +58,7 @@ def quantize_value(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     value = arguments["value"]
     with _device_of(value):
         center = _center(value, arguments, mean)
-    triton_quantize.round_rows(value, center, codes, scales)
+    triton_round.round_rows(value, center, codes, scales)
     return codes, scales, mean
 
 
@@ -87,7 +89,7 @@ def sdpa_with_lse(**arguments: Any) -> tuple[Tensor, Tensor]:
 def varlen_sdpa(**arguments: Any) -> Tensor:
     """Quantize packed sequences, each by itself, and attend."""
     _refuse_foreign_recipe(arguments)
-    output = schemas.varlen_sdpa(**arguments)
+    output: Tensor = schemas.varlen_sdpa(**arguments)
     _attend_packed(output, None, **arguments)
     return output
 
@@ -163,9 +165,7 @@ def _attend_whole(
         query_mean = bias = None
         if "q" in smooth:
             query_mean = triton_statistics.finite_token_mean(query, queries)
-            bias = triton_quantize.dot_rows(
-                key, key_mean, query_mean, heads, scale * LOG2_E, keys
-            )
+            bias = triton_dot.dot_rows(key, key_mean, query_mean, heads, scale * LOG2_E, keys)
         groups = triton_quantize.key_groups(granularity, _BLOCK_K)
         codes, scales = _quantize_rows(key, key_mean, groups, keys)
         values = _whole_values(value, pv, "v" in smooth, keys)
@@ -211,7 +211,7 @@ def _whole_values(value: Tensor, pv: str, smooth: bool, packed: Packed | None) -
     codes = value.new_empty(value.shape, dtype=checks.HALVES[pv])
     _, h, _, d = value.shape
     scales = value.new_empty((triton_packed.count(value, packed), h, d), dtype=torch.float32)
-    triton_quantize.round_rows(value, mean, codes, scales, packed)
+    triton_round.round_rows(value, mean, codes, scales, packed)
     return Values(codes, scales, mean)
 
 
@@ -227,7 +227,7 @@ def _quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the codes of ``x`` and their scales; nothing is checked."""
     codes = x.new_empty(x.shape, dtype=torch.int8)
-    scales = x.new_empty((*x.shape[:2], groups.count(x.shape[2], packed)), dtype=torch.float32)
+    scales = x.new_empty((*x.shape[:2], groups.number(x.shape[2], packed)), dtype=torch.float32)
     triton_quantize.quantize_rows(x, mean, groups, codes, scales, packed)
     return codes, scales
 
@@ -245,9 +245,7 @@ def _attend(
 ) -> Tensor:
     shift = None
     if lse is not None and key_mean is not None:
-        shift = triton_quantize.dot_rows(
-            query, None, key_mean, query.shape[1], scale, quantized.packed
-        )
+        shift = triton_dot.dot_rows(query, None, key_mean, query.shape[1], scale, quantized.packed)
     triton_attention.attention(
         quantized,
         keys,

@@ -9,14 +9,13 @@ from __future__ import annotations
 import struct
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torch_sage.ops import triton_packed
 from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
-from torch_sage.ops.triton_statistics import ordered_sum, padded, token_amax
+from torch_sage.ops.triton_statistics import padded
 from torch_sage.reference.quantize import TOKEN_BLOCK
 
 LARGEST_CODE = 127
@@ -25,7 +24,7 @@ AMAX_FLOOR = 2.0**-100  # R3: keeps scale and inverse normal numbers
 ROUND_TO_INTEGER = 1.5 * 2.0**23  # adding it leaves no fraction bits of a number below 2**22
 INFINITY_BITS = 0x7F800000
 
-_TILE_ROWS = 32
+TILE_ROWS = 32  # of a program where no rows share a scale
 
 
 def launch_options(tile: int, channels: int) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class Groups(NamedTuple):
         """Scales of a block."""
         return self.block // self.span * (8 // self.lane_rows)
 
-    def count(self, rows: int, packed: Packed | None) -> int:
+    def number(self, rows: int, packed: Packed | None) -> int:
         """Return how many scales a head has."""
         return triton_packed.units(rows, self.block, packed) * self.per_block
 
@@ -92,6 +91,19 @@ def _require_powers(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 8 or size & (size - 1):
             raise ValueError(f"{name} must be a power of two from 8 on for Triton, got {size}")
+
+
+@triton.jit
+def first_scale(
+    first,
+    sequence,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    LANE_ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Return where the scales of a sequence begin among those of its head."""
+    return first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * (8 // LANE_ROWS))
 
 
 @triton.jit(do_not_specialize=(*triton_packed.UNSPECIALIZED, "groups"))
@@ -147,7 +159,7 @@ def _rows_kernel(
     amax_bits = tl.max(bits, axis=1)
     spans: tl.constexpr = TILE // SPAN
     lanes: tl.constexpr = 8 // LANE_ROWS
-    own = first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * lanes)
+    own = first_scale(first, sequence, BLOCK, SPAN, LANE_ROWS, PACKED)
     scales += head * groups
     if SPAN > 1:
         by_lane = tl.reshape(amax_bits, [spans, SPAN // 8, lanes, LANE_ROWS])
@@ -196,7 +208,7 @@ def quantize_rows(
     Fills int8 ``codes`` [B, H, N, D] and fp32 ``scales`` [B, H, groups], both contiguous.
     """
     b, h, n, d = x.shape
-    tile = _TILE_ROWS if groups.span == 1 else groups.block
+    tile = TILE_ROWS if groups.span == 1 else groups.block
     units = triton_packed.units(n, tile, packed)
     block_d = padded(d)
     if b * h * units == 0:
@@ -229,189 +241,3 @@ def quantize_rows(
         INFINITY=INFINITY_BITS,
         **launch_options(tile, block_d),
     )
-
-
-@triton.jit(do_not_specialize=triton_packed.UNSPECIALIZED)
-def _round_kernel(
-    x,  # [B, H, N, D], any strides
-    mean,  # [sequences, H, D] fp32
-    scales,  # [sequences, H, D] fp32
-    codes,  # [B, H, N, D] bfloat16 or float16
-    starts,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    heads,
-    rows,
-    channels,
-    units,
-    count,
-    longest,
-    PACKED: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LARGEST: tl.constexpr,
-):
-    head = (tl.program_id(0) // units).to(tl.int64)
-    batch, index = head // heads, head % heads
-    sequence, tile = find_tile(
-        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
-    )
-    first, length = span_of(starts, sequence, rows, longest, PACKED)
-    row = tile * TILE + tl.arange(0, TILE)
-    channel = tl.arange(0, BLOCK_D)
-    is_channel = channel < channels
-    is_inside = (row < length)[:, None] & is_channel[None, :]
-    x += batch * stride_b + index * stride_h + first * stride_n
-    offsets = row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
-    value = tl.load(x + offsets, mask=is_inside, other=0.0).to(tl.float32)
-    of_head = (sequence * heads + index) * channels + channel
-    if HAS_MEAN:
-        value -= tl.load(mean + of_head, mask=is_channel, other=0.0)[None, :]
-    scale = tl.load(scales + of_head, mask=is_channel, other=1.0)
-    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
-    value = tl.where((scale == scale)[None, :], value, 0.0)
-    if codes.dtype.element_ty == tl.bfloat16:
-        # Rounded to nearest, ties to even, as a GPU does; Triton's interpreter would cut off.
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        value = (bits & -0x10000).to(tl.float32, bitcast=True)
-    codes += (head * rows + first) * channels
-    at = codes + row.to(tl.int64)[:, None] * channels + channel[None, :]
-    tl.store(at, value.to(codes.dtype.element_ty), mask=is_inside)
-
-
-def round_rows(
-    x: Tensor, mean: Tensor | None, codes: Tensor, scales: Tensor, packed: Packed | None = None
-) -> None:
-    """Round ``x - mean`` to the 16 bits of ``codes`` [B, H, N, D], which is contiguous.
-
-    Fills ``codes`` and fp32 ``scales`` [sequences, H, D] with 1, or NaN for a channel that is not
-    finite, whose codes are 0.
-    """
-    b, h, n, d = x.shape
-    amax = token_amax(x, mean, packed)
-    # bfloat16 has the range of fp32; what fp16 rounds to infinity poisons its channel.
-    is_finite = (amax.half() if codes.dtype == torch.float16 else amax).isfinite()
-    scales.copy_(torch.where(is_finite, 1.0, torch.nan))
-    units = triton_packed.units(n, _TILE_ROWS, packed)
-    block_d = padded(d)
-    if b * h * units == 0:
-        return
-    starts, *lengths = triton_packed.arguments(packed, x)
-    _round_kernel[(b * h * units,)](
-        x,
-        x if mean is None else mean,
-        scales,
-        codes,
-        starts,
-        *x.stride(),
-        h,
-        n,
-        d,
-        units,
-        *lengths,
-        PACKED=packed is not None,
-        HAS_MEAN=mean is not None,
-        TILE=_TILE_ROWS,
-        BLOCK_D=block_d,
-        LARGEST=torch.finfo(codes.dtype).max,
-        **launch_options(_TILE_ROWS, block_d),
-    )
-
-
-@triton.jit(do_not_specialize=(*triton_packed.UNSPECIALIZED, "heads_x", "heads_vector"))
-def _dot_kernel(
-    x,  # [B, Hx, N, D], any strides
-    mean,  # [sequences, Hx, D] fp32, subtracted from x
-    vector,  # [sequences, Hv, D] fp32
-    out,  # [B, H, N] fp32
-    starts,
-    factor,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    heads,
-    heads_x,
-    heads_vector,
-    rows,
-    channels,
-    units,
-    count,
-    longest,
-    PACKED: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    head = (tl.program_id(0) // units).to(tl.int64)
-    batch, index = head // heads, head % heads
-    sequence, tile = find_tile(
-        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
-    )
-    first, length = span_of(starts, sequence, rows, longest, PACKED)
-    head_x = index // (heads // heads_x)
-    head_vector = index // (heads // heads_vector)
-    row = tile * TILE + tl.arange(0, TILE)
-    channel = tl.arange(0, BLOCK_D)
-    is_channel = channel < channels
-    x += batch * stride_b + head_x * stride_h + first * stride_n
-    offsets = row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
-    is_inside = (row < length)[:, None] & is_channel[None, :]
-    value = tl.load(x + offsets, mask=is_inside, other=0.0).to(tl.float32)
-    if HAS_MEAN:
-        mean += (sequence * heads_x + head_x) * channels
-        value -= tl.load(mean + channel, mask=is_channel, other=0.0)[None, :]
-    vector += (sequence * heads_vector + head_vector) * channels
-    weight = tl.load(vector + channel, mask=is_channel, other=0.0)
-    dot = ordered_sum(value * weight[None, :], TILE, STEPS) * factor
-    tl.store(out + head * rows + first + row, dot, mask=row < length)
-
-
-def dot_rows(
-    x: Tensor,
-    mean: Tensor | None,
-    vector: Tensor,
-    heads: int,
-    factor: float,
-    packed: Packed | None = None,
-) -> Tensor:
-    """Return ``factor * (x - mean) . vector`` of every row, fp32 [B, heads, N].
-
-    ``x`` [B, Hx, N, D] and ``mean`` [sequences, Hx, D], or ``vector`` [sequences, Hv, D], may have
-    fewer heads; each then serves heads / Hx, or heads / Hv, heads of the result.
-    """
-    b, heads_x, n, d = x.shape
-    out = x.new_empty((b, heads, n), dtype=torch.float32)
-    units = triton_packed.units(n, _TILE_ROWS, packed)
-    block_d = padded(d)
-    if b * heads * units == 0:
-        return out
-    starts, *lengths = triton_packed.arguments(packed, x)
-    _dot_kernel[(b * heads * units,)](
-        x,
-        x if mean is None else mean,
-        vector,
-        out,
-        starts,
-        factor,
-        *x.stride(),
-        heads,
-        heads_x,
-        vector.shape[1],
-        n,
-        d,
-        units,
-        *lengths,
-        PACKED=packed is not None,
-        HAS_MEAN=mean is not None,
-        TILE=_TILE_ROWS,
-        BLOCK_D=block_d,
-        STEPS=block_d.bit_length() - 1,
-        **launch_options(_TILE_ROWS, block_d),
-    )
-    return out
