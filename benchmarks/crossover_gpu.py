@@ -97,7 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.01, help="time spent on each call")
     parser.add_argument(
-        "--head-dims", type=int, nargs="+", default=[64, 128], help="of one rule: see crossover.WIDE"
+        "--head-dims",
+        type=int,
+        nargs="+",
+        default=[64, 128],
+        help="of one rule: see crossover.WIDE",
     )
     parser.add_argument("--kinds", nargs="+", choices=MASKS, default=MASKS)
     parser.add_argument("--json", type=Path, help="write every time")

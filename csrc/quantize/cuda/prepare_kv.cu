@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
   cluster.sync();
 
   const int64_t group_at = (group.first_group + group.number) * kWidth;
-  const int shares = blocks * (128 / kWidth);
+  const int shares = blocks * kShares;
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
 #pragma unroll
