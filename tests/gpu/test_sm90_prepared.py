@@ -112,7 +112,8 @@ def assert_prepared(k: Tensor, v: Tensor, smooth: str) -> None:
 @pytest.mark.parametrize("smooth", SMOOTHING)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("d", "dv"), [(64, 64), (128, 128), (40, 64), (8, 128), (80, 33), (100, 128), (1, 1), (256, 256), (160, 40)]
+    ("d", "dv"),
+    [(64, 64), (128, 128), (40, 64), (8, 128), (80, 33), (100, 128), (1, 1), (256, 256), (160, 40)],
 )
 def test_every_bit_is_the_references(d: int, dv: int, dtype: str, smooth: str) -> None:
     for m in KEYS:

@@ -532,7 +532,8 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
   int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
   if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
   if constexpr (kIsPacked)
-    grid += whole_clusters((p.packed_output.queries.rows + kThreads - 1) / kThreads);
+    grid +=
+        whole_clusters((p.packed_output.queries.rows + kThreads<kWidth> - 1) / kThreads<kWidth>);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};
