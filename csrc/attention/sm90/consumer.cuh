@@ -551,6 +551,7 @@ class Consumer {
         lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 1);
         lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 2);
         poison[h] += lse_sum[h] * 0.f;
+        lse_sum[h] += poison[h];
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
       sum[h] = group_sum(h);
