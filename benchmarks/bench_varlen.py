@@ -32,7 +32,11 @@ LENGTHS = {
     "1000 x 40": [40] * 1000,
 }
 EQUAL = {f"{2**15 // n} x {n}": [n] * (2**15 // n) for n in (512, 1024, 2048, 4096, 8192)}
-RECIPES = {"mma": SUPPORT["cuda.sm80"].default, "hopper": SUPPORT["cuda.sm90"].default}
+RECIPES = {
+    "triton": SUPPORT["cuda"].default,
+    "mma": SUPPORT["cuda.sm80"].default,
+    "hopper": SUPPORT["cuda.sm90"].default,
+}
 
 
 def flops(lengths: Sequence[int], head_dim: int, is_causal: bool) -> int:
