@@ -213,7 +213,7 @@ def assert_strides_beyond_32_bits(recipe: Recipe) -> None:
 
 
 def assert_packed_strides_beyond_32_bits(recipe: Recipe) -> None:
-    """Require dense inputs' bits of packed tokens 2**25 elements apart, 2**32 from first to last."""
+    """Require dense inputs' bits of packed tokens 2**25 elements apart."""
     tokens, stride = 129, 2**25
     storage = torch.empty(tokens * stride, dtype=torch.bfloat16, device="cuda")
     dense, strided = [normal(tokens, 1, 64) for _ in range(3)], []
