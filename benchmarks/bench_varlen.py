@@ -2,8 +2,8 @@
 
 Where all lengths are equal, also each on a batch. bf16, 32 heads, whole op, medians on the device;
 FLOPs are those of the pairs attended to. ``python -m benchmarks.bench_varlen`` prints a Markdown
-table; ``--equal 4096 32768`` takes so many tokens in sequences of equal lengths, from which the rule
-for packed sequences in ``torch_sage/crossover.py`` was made.
+table; ``--equal 4096 32768`` takes so many tokens in sequences of equal lengths, from which the
+rule for packed sequences in ``torch_sage/crossover.py`` was made.
 """
 
 from __future__ import annotations
