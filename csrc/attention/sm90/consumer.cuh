@@ -138,7 +138,7 @@ class Consumer {
     slot_ = work_count_ & 1;
     barrier_wait(barriers_.query_full(slot_), (work_count_ >> 1) & 1);
     // Uniform for the compiler, too: wgmma in a branch that might diverge would be serialized.
-    const Work& work = works_[slot_];
+    const Work work = works_[slot_];
     if (!__any_sync(~0u, work.steps > 0)) return false;
     steps_ = __shfl_sync(~0u, work.steps, 0);
     last_ = work.keys - 1;
