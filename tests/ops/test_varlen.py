@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_sage
 from tests.numerics import exact_attention, relative_l1, same_bits
 from tests.varlen import Packed, as_batch, one_by_one, pack, sequences, starts
 from torch_sage import SageConfig, _extension, ops
-from torch_sage.recipes import SUPPORT, VARLEN
+from torch_sage.config import as_config
+from torch_sage.recipes import SUPPORT
+from torch_sage.varlen import choose_recipe
 
 pytestmark = pytest.mark.skipif(not _extension.is_available(), reason="extension not built")
 
@@ -171,12 +174,13 @@ def test_the_function_says_what_it_refuses() -> None:
         torch_sage.varlen_attention(*meta)
 
 
-def test_hopper_takes_the_kernels_that_have_it(hopper: None) -> None:
+@pytest.mark.parametrize(("config", "granularity"), [("auto", "token_thread"), ("sage1", "block")])
+def test_hopper_takes_its_own_kernels(config: str, granularity: str, hopper: None) -> None:
     """The op is not run: there is no GPU."""
-    from torch_sage.devices import rows_of
-
-    rows = [row for row in rows_of(torch.device("cuda")) if row in VARLEN]
-    assert rows == ["cuda.sm80", "cuda.sm89", "cuda"]
+    with FakeTensorMode():
+        query = torch.empty(1, 1, 128, device="cuda", dtype=torch.bfloat16)
+    recipe, reasons = choose_recipe(query, query, as_config(config))
+    assert not reasons and recipe is not None and recipe.granularity == granularity
 
 
 def test_lengths_are_not_baked_into_a_graph(recorder: Any) -> None:
