@@ -1,23 +1,28 @@
-"""Packed sequences on a GPU: ours beside torch's varlen_attn, and both on a batch of their lengths.
+"""Packed sequences on a GPU: our recipes, torch's varlen_attn, FlashAttention-3 where it imports.
 
-bf16, 32 heads, whole op, medians on the device; FLOPs are those of the pairs attended to.
-``python -m benchmarks.bench_varlen`` prints a Markdown table.
+Where all lengths are equal, also each on a batch. bf16, 32 heads, whole op, medians on the device;
+FLOPs are those of the pairs attended to. ``python -m benchmarks.bench_varlen`` prints a Markdown
+table; ``--equal`` takes sequences of 512 to 8192 tokens, from which the rule for packed sequences
+in ``torch_sage/crossover.py`` was made.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-import torch_sage
 from benchmarks.gpu import timing
 from benchmarks.gpu.table import markdown
 from tests.numerics import relative_l1
+from torch_sage.ops import sdpa, varlen_sdpa
+from torch_sage.recipes import SUPPORT
 
 HEADS = 32
 LENGTHS = {
@@ -25,6 +30,12 @@ LENGTHS = {
     "64 of 100 to 1900": [100 + (i * 797) % 1801 for i in range(64)],
     "20000 and 50 x 30": [20000] + [30] * 50,
     "1000 x 40": [40] * 1000,
+}
+EQUAL = {f"{2**15 // n} x {n}": [n] * (2**15 // n) for n in (512, 1024, 2048, 4096, 8192)}
+RECIPES = {
+    "triton": SUPPORT["cuda"].default,
+    "mma": SUPPORT["cuda.sm80"].default,
+    "hopper": SUPPORT["cuda.sm90"].default,
 }
 
 
@@ -38,26 +49,32 @@ def calls(lengths: Sequence[int], head_dim: int, is_causal: bool) -> dict[str, C
     """Return what is timed; the first one is the yardstick of the others."""
     q, k, v = torch.randn(3, sum(lengths), HEADS, head_dim, device="cuda").bfloat16()
     starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    packed = (q, k, v, starts, starts, max(lengths), max(lengths))
+    longest = max(lengths)
+    packed = (q, k, v, starts, starts, longest, longest)
     window = (-1, 0) if is_causal else (-1, -1)
+    causal = "bottom_right" if is_causal else "none"
     found: dict[str, Callable[[], Any]] = {
         "torch": lambda: varlen_attn(*packed, window_size=window),
-        "ours": lambda: torch_sage.varlen_attention(*packed, is_causal=is_causal),
     }
+    if importlib.util.find_spec("flash_attn_interface"):
+        from flash_attn_interface import flash_attn_varlen_func
+
+        found["FA3"] = lambda: flash_attn_varlen_func(
+            q, k, v, starts, starts, longest, longest, causal=is_causal
+        )
+    for name, recipe in RECIPES.items():
+        found[name] = partial(varlen_sdpa, *packed, causal, **recipe.op_kwargs())
     if len(set(lengths)) == 1:
-        shape = (len(lengths), lengths[0], HEADS, head_dim)
+        shape = (len(lengths), longest, HEADS, head_dim)
         batch = [x.view(shape).transpose(1, 2) for x in (q, k, v)]
 
-        def flat(x: torch.Tensor) -> torch.Tensor:
-            return x.transpose(1, 2).flatten(0, 1)
+        def flat(attend: Callable[..., torch.Tensor], **others: Any) -> torch.Tensor:
+            return attend(*batch, **others).transpose(1, 2).flatten(0, 1)
 
-        recipe = {"qk": "int8", "granularity": "thread", "pv": "bf16", "smooth": "k"}
-        semantics = (None, "top_left" if is_causal else "none")
-        sdpa = torch.ops.torch_sage.sdpa
-        found["torch, batch"] = lambda: flat(
-            F.scaled_dot_product_attention(*batch, is_causal=is_causal)
-        )
-        found["ours, batch"] = lambda: flat(sdpa(*batch, *semantics, **recipe))
+        found["torch, batch"] = partial(flat, F.scaled_dot_product_attention, is_causal=is_causal)
+        for name, recipe in RECIPES.items():
+            order = {"causal": causal, "output_order": "bshd"}
+            found[f"{name}, batch"] = partial(flat, sdpa, **order, **recipe.op_kwargs())
     return found
 
 
@@ -66,12 +83,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seconds", type=float, default=0.1, help="of a contender's turn")
+    parser.add_argument("--equal", action="store_true", help="equal lengths alone, from 512 on")
+    parser.add_argument("--only", nargs="+", default=[], help="contenders beside torch")
     arguments = parser.parse_args()
     rows = [["lengths", "D", "mode", "contender", "ms", "TFLOPS", "rel L1 to torch's"]]
-    for name, lengths in LENGTHS.items():
+    for name, lengths in (EQUAL if arguments.equal else LENGTHS).items():
         for head_dim in arguments.head_dims:
             for is_causal in (False, True):
-                contenders = calls(lengths, head_dim, is_causal)
+                contenders = {
+                    who: run
+                    for who, run in calls(lengths, head_dim, is_causal).items()
+                    if who in ("torch", *arguments.only) or not arguments.only
+                }
                 outputs = {who: run() for who, run in contenders.items()}
                 turns: dict[str, list[timing.Turn]] = {who: [] for who in contenders}
                 for _ in range(3):

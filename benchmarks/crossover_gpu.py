@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ BACKENDS = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 MASKS = ("full", "causal", "masked")
 
 
-def shapes(is_causal: bool) -> Iterator[Shape]:
+def shapes(head_dims: Sequence[int], is_causal: bool) -> Iterator[Shape]:
     """Yield self-attention of few and many heads, few and grouped key heads, cross-attention."""
-    for head_dim in (64, 128):
+    for head_dim in head_dims:
         for length in (256, 512, 1024, 1536, 2048, 3072, 4096, 6144):
             for batch, heads in ((1, 8), (1, 24), (2, 32), (8, 16)):
                 yield Shape(batch, heads, heads, length, length, head_dim, is_causal)
@@ -96,13 +96,21 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.01, help="time spent on each call")
+    parser.add_argument(
+        "--head-dims",
+        type=int,
+        nargs="+",
+        default=[64, 128],
+        help="of one rule: see crossover.WIDE",
+    )
+    parser.add_argument("--kinds", nargs="+", choices=MASKS, default=MASKS)
     parser.add_argument("--json", type=Path, help="write every time")
     arguments = parser.parse_args()
     records = []
     with torch.inference_mode():
-        for kind in MASKS:
+        for kind in arguments.kinds:
             measured = []
-            for shape in shapes(kind == "causal"):
+            for shape in shapes(arguments.head_dims, kind == "causal"):
                 times = measure(shape, kind, arguments.seconds)
                 speedup = min(ms for name, ms in times.items() if name != "sage") / times["sage"]
                 measured.append((shape, speedup))

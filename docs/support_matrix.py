@@ -32,6 +32,7 @@ FILES = {
         "tests/gpu/test_sm90_torch.py",
         "tests/gpu/test_sm90_large.py",
         "tests/gpu/test_sm90_prepared.py",
+        "tests/gpu/test_varlen.py",
     ),
     "mma.sync": (
         "tests/gpu/test_mma.py",

@@ -7,8 +7,9 @@ operands in fp64; R_low the oracle with the recipe's roundings. Every maximum ru
     budget(exact, naive) = 2 * (max|naive - exact| + eps(out.dtype) * max(max|exact|, tiny)
                                 + eps(fp32) * terms)
 
-where terms are the largest numbers that may cancel in an fp32 sum: max|value| for the output, and
-|scale| * max|query row| * max|key row| for the lse, whose parts smoothing sets apart.
+where terms are the largest numbers that may cancel in an fp32 sum: max|value| for the output, once
+for every addition of an accumulator, and |scale| * max|query row| * max|key row| for the lse, whose
+parts smoothing sets apart.
 
     implementation   max|kernel - R64| <= budget(R64, R_low)    did we compute what we specified?
     accuracy         max|kernel - S64| <= budget(S64, R_low)    is what we specified good enough?
@@ -37,6 +38,9 @@ FLUSHED = torch.finfo(torch.float32).tiny
 # P is rounded to 8 bits or fewer, so kernels evaluate 2**x with a relative error of up to 2**-18
 # (3.8e-6; those of the CPU: 2.9e-6). The lse is the log of such a sum: it inherits that absolutely.
 EXP2_ERROR = 2.0**-18
+
+# Tensor cores add the products of 16 keys (32 of 8 bits) to an accumulator at once, and truncate.
+KEYS_PER_ADDITION = 16
 
 
 class Expected(NamedTuple):
@@ -98,8 +102,11 @@ def expect(query: Tensor, key: Tensor, value: Tensor, *semantics: Any, **recipe:
     given = semantics[2] if len(semantics) > 2 else None
     scale = key.shape[-1] ** -0.5 if given is None else given
     terms = abs(scale) * _largest(query) * largest_key
+    additions = -(-key.shape[2] // KEYS_PER_ADDITION)
     exact = exact_attention(query, key, value, *semantics)
-    return Expected(exact, high, low, low_bits * largest_value, low_bits * terms + EXP2_ERROR)
+    return Expected(
+        exact, high, low, additions * low_bits * largest_value, low_bits * terms + EXP2_ERROR
+    )
 
 
 def _largest(x: Tensor) -> Tensor:

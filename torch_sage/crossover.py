@@ -54,6 +54,7 @@ CROSSOVER: dict[str, Rule] = {
     "cuda.sm80": _NEVER,
     "cuda.sm89": _NEVER,
     "cuda.sm120": _NEVER,
+    "cuda.sm90.wide": _NEVER,
     "cuda.sm90": Rule(
         full=(
             Crossover(reuse=1365, multiplications=6.8e10),
@@ -63,6 +64,10 @@ CROSSOVER: dict[str, Rule] = {
         masked=(),
     ),
 }
+
+
+WIDE = 128
+"""Heads of more channels have rules of their own, ``<kernel>.wide``, where the table has them."""
 
 
 def prefers_exact(
@@ -79,9 +84,11 @@ def prefers_exact(
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    ``kernel`` is a key of ``CROSSOVER``.
+    ``kernel`` is a key of ``CROSSOVER``, without ``.wide``.
     """
-    rule = CROSSOVER[kernel]
+    wide = f"{kernel}.wide"
+    is_wide = max(head_dim, head_dim_v) > WIDE and wide in CROSSOVER
+    rule = CROSSOVER[wide if is_wide else kernel]
     crossovers = rule.masked if has_mask else rule.causal if is_causal else rule.full
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
     elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))

@@ -159,7 +159,7 @@ SUPPORT: dict[str, Support] = {
         smooth=("", "k", "v", "kv"),
         exponential=("mixed", "exact"),
         half={},
-        max_head_dim=128,
+        max_head_dim=256,
         has_parts=False,
     ),
     "cuda.sm80": _SM80,

@@ -210,6 +210,7 @@ Result attend_packed(const PackedOperands& operands, const Request& request,
                      Granularity granularity, Smooth smooth) {
   const FloatOperand& q = operands.query;
   const Result result = new_packed_result(operands, request.wants_lse);
+  fill_unattended(result);
   const int64_t columns = operands.value.columns, row_bytes = q.heads * columns * q.element_bytes;
   auto* output = static_cast<std::byte*>(result.output.mutable_data_ptr());
   for (int i = 0; i < operands.queries.count; ++i) {

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "common/check.h"
 
@@ -63,11 +62,7 @@ Result new_packed_result(const PackedOperands& operands, bool wants_lse) {
   const Device device = q.tensor.device();
   Result result{new_tensor({q.rows, q.heads, operands.value.columns}, scalar_type(q.dtype), device),
                 std::nullopt};
-  torch::stable::zero_(result.output);
-  if (wants_lse) {
-    result.lse = new_tensor({q.heads, q.rows}, ScalarType::Float, device);
-    torch::stable::fill_(*result.lse, -std::numeric_limits<double>::infinity());
-  }
+  if (wants_lse) result.lse = new_tensor({q.heads, q.rows}, ScalarType::Float, device);
   return result;
 }
 

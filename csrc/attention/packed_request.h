@@ -20,8 +20,8 @@ PackedOperands read_packed(const torch::stable::Tensor& query, const torch::stab
                            const torch::stable::Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                            int64_t max_seqlen_k);
 
-// The output [rows, h_q, head_dim_v] in the dtype of query, and, if wanted, the LSE [h_q, rows]:
-// those of rows that no sequence has.
+// The uninitialised output [rows, h_q, head_dim_v] in the dtype of query, and, if wanted, the LSE
+// [h_q, rows].
 Result new_packed_result(const PackedOperands& operands, bool wants_lse);
 
 }  // namespace torch_sage

@@ -1,8 +1,11 @@
 #include "attention/request.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "common/check.h"
 
@@ -100,6 +103,14 @@ Result new_result(const FloatOperand& query, int64_t head_dim_v, const Request& 
                             query.tensor.device());
   }
   return result;
+}
+
+void fill_unattended(const Result& result) {
+  Tensor output = result.output;
+  torch::stable::zero_(output);
+  if (!result.lse) return;
+  Tensor lse = *result.lse;
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
 }
 
 }  // namespace torch_sage

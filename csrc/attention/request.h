@@ -60,4 +60,7 @@ double softmax_scale(const FloatOperand& query, const Request& request);
 // for, and, if wanted, LSE [b, h_q, n].
 Result new_result(const FloatOperand& query, int64_t head_dim_v, const Request& request);
 
+// What rows have that see no key: 0, and an LSE of -inf.
+void fill_unattended(const Result& result);
+
 }  // namespace torch_sage

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/quad.cuh"
 #include "common/params.h"
 
 namespace torch_sage {
@@ -60,23 +61,14 @@ __device__ __forceinline__ void store_columns(const Params& p, const Place& plac
     }
     return;
   }
-  // A 4x4 transpose in the quad gives each lane the 8 adjacent columns of block + quad.
+  // Handed round in the quad, this gives each lane the 8 adjacent columns of block + quad.
   const int first = 8 * (block + quad);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     uint32_t r[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) r[k] = pack_halves(p.dtype, x[h][k][0], x[h][k][1]);
-#pragma unroll
-    for (int step = 1; step < 4; step <<= 1) {
-      const bool upper = quad & step;
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (!(i & step)) {
-          const uint32_t got = __shfl_xor_sync(~0u, upper ? r[i] : r[i | step], step);
-          (upper ? r[i] : r[i | step]) = got;
-        }
-    }
+    transpose_quad(r, quad);
     uint16_t* to =
         reinterpret_cast<uint16_t*>(place.output) + 8 * h * p.output_rows.stride_n + first;
     // Rows of the op's own output are aligned to 16 bytes wherever their length is.

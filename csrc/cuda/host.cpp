@@ -2,8 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
-
 namespace torch_sage::cuda {
 
 FloatOperand vectorized(const FloatOperand& x) {
@@ -34,8 +32,7 @@ NewResult new_result(const FloatOperand& query, int64_t seqlen_k, int64_t head_d
   Result result = torch_sage::new_result(query, head_dim_v, request);
   if (query.batch == 0 || query.heads == 0 || query.rows == 0) return {result, true};
   if (seqlen_k > 0) return {result, false};
-  torch::stable::zero_(result.output);
-  if (result.lse) torch::stable::fill_(*result.lse, -std::numeric_limits<double>::infinity());
+  fill_unattended(result);
   return {result, true};
 }
 

@@ -257,7 +257,7 @@ Result attend_packed(const Tensor& query, const Tensor& key, const Tensor& value
       read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   KeysAndValues kv(recipe, operands.key, operands.value, operands.keys);
   const Result result = new_packed_result(operands, request.wants_lse);
-  // What is new has the result of rows that see no key.
+  fill_unattended(result);
   if (!operands.is_empty() && kv.seqlen > 0)
     attend(operands.query, kv, request, operands.queries, result,
            {0, result.output.stride(1), result.output.stride(0)}, current_stream(device));

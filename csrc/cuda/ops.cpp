@@ -22,7 +22,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMaxWidth = 128;
+constexpr int64_t kMaxWidth = 256;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
@@ -30,7 +30,7 @@ int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
   const int64_t larger = std::max(head_dim, head_dim_v);
   check(larger <= kMaxWidth, "query and value must have a head_dim of at most ", kMaxWidth,
         " in this recipe, got ", larger);
-  return larger <= 64 ? 64 : 128;
+  return larger <= 64 ? 64 : larger <= 128 ? 128 : kMaxWidth;
 }
 
 // K and V in the kernels' layout, pointing into tensors that somebody keeps.
@@ -88,8 +88,8 @@ HopperRecipe read_recipe(const Text& qk, const Text& granularity, const Text& sm
 int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
 
 void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
-             const KeysAndValues& kv, const Unrotated& unrotated, int* work_counter,
-             cudaStream_t stream) {
+             const KeysAndValues& kv, const Unrotated& unrotated, const PackedOutput& output,
+             int* work_counter, cudaStream_t stream) {
   if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
   PrepareParams params{};
@@ -112,8 +112,17 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   params.smooth_key = smooth.key;
   params.smooth_value = smooth.value;
   params.kv = kv.view;
+  params.packed_output = output;
   params.work_counter = work_counter;
   launch_prepare_kv(params, stream);
+}
+
+// Whether a thread may read the elements of a row 16 bytes at a time.
+bool is_dense(const Mask& mask) {
+  const int64_t bytes = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
+  const auto is_aligned = [=](int64_t elements) { return elements * bytes % 16 == 0; };
+  return mask.strides[3] == 1 && std::all_of(mask.strides, mask.strides + 3, is_aligned) &&
+         reinterpret_cast<uintptr_t>(mask.tensor.const_data_ptr()) % 16 == 0;
 }
 
 // What the attention kernel is told beyond operands and semantics.
@@ -169,6 +178,7 @@ void attend(const FloatOperand& query, const PreparedQuery& prepared_query, cons
     mask = read_mask(*request.attn_mask, q.batch, q.heads, q.rows, kv.view.seqlen,
                      query.tensor.device());
     set_mask(params, *mask);
+    params.mask_is_dense = is_dense(*mask);
   }
   const auto& [output, lse] = target.result;
   params.output = output.mutable_data_ptr();
@@ -228,7 +238,11 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
                        static_cast<float>(softmax_scale(q, request)),
                        prepared};
   }
-  prepare(k, v, recipe.smooth, kv, unrotated, work_counter, stream);
+  const auto& [output, lse] = target.result;
+  const PackedOutput packed_output{queries, static_cast<int>(q.heads),
+                                   static_cast<int>(q.heads * v.columns), output.mutable_data_ptr(),
+                                   lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr};
+  prepare(k, v, recipe.smooth, kv, unrotated, packed_output, work_counter, stream);
   attend(q, prepared, queries, kv, request, target,
          {recipe.is_exact, false, work_counter, true, device, stream});
 }
@@ -249,10 +263,12 @@ Result attend_packed(const Tensor& query, const Tensor& key, const Tensor& value
   const PackedOperands packed =
       read_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const Result result = new_packed_result(packed, request.wants_lse);
-  // What is new has the result of rows that see no key.
-  if (!packed.is_empty() && packed.keys.longest > 0)
+  if (packed.is_empty() || packed.keys.longest == 0) {
+    fill_unattended(result);
+  } else {
     run({packed.query, packed.key, packed.value}, packed.queries, packed.keys, {}, request, recipe,
         Target::packed(result));
+  }
   return result;
 }
 
@@ -410,7 +426,7 @@ Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) 
     Tensor mean = std::get<2>(tensors);
     torch::stable::zero_(mean);
   }
-  prepare(k, v, smoothing, kv, {}, nullptr, current_stream(device));
+  prepare(k, v, smoothing, kv, {}, {}, nullptr, current_stream(device));
   return tensors;
 }
 

@@ -1,10 +1,11 @@
 """Calls of every instantiation of the CUDA kernels, small, for NVIDIA's compute-sanitizer:
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
-with racecheck, initcheck and synccheck. Names of families (hopper, rotary, mma, packed) behind that
-leave out the others, and ``--short`` gives a member of the mma.sync family each shape once, with
-another dtype and mode of masking every time: racecheck is slow. PYTORCH_NO_CUDA_MEMORY_CACHING=1
-gives every tensor its own allocation, so that memcheck sees what lies behind it.
+with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, mma,
+packed-mma) behind that leave out the others, and ``--short`` gives a member of the mma.sync family
+each shape once, with another dtype and mode of masking every time: racecheck is slow.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that memcheck sees what
+lies behind it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ import torch
 from torch import Tensor
 
 from tests.gpu.mma import MEMBERS, Member
-from tests.gpu.shared import OPS
+from tests.gpu.shared import OPS, Recipe
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 from tests.varlen import pack
 from torch_sage.ops.checks import PAIRINGS, ROTARY_HEAD_DIMS
 
-# Query rows, keys, and both head dimensions: rows off the tiles (192 and 128), one key, one group
-# of V and two, and what needs padded copies.
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, int, int, int]  # query rows, keys, and both head dimensions
+# Rows off the tiles (192 and 128), one key, one group of V and two, and what needs padded copies.
 SHAPES = ((1, 1, 64, 64), (200, 300, 64, 64), (70, 1100, 128, 128), (130, 129, 40, 33))
 WIDE = (130, 129, 256, 200)
 CAUSAL = ("none", "top_left", "bottom_right")
@@ -66,17 +66,28 @@ def call_mma(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> N
             use(OPS.sdpa(q, k, v, mask, **member.recipe()))
 
 
-def call_packed(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> None:
+def call_packed(recipe: Recipe, shape: Shape, dtype: torch.dtype, causal: str) -> None:
     """Run packed sequences, some empty, and lengths that make no sense."""
     n, m, d, dv = shape
     queries, keys = [n, 0, 1, 64, 65], [m, 3, 0, 63, 129]
     packed = pack(queries, keys, head_dim=d, head_dim_v=dv, dtype=dtype, device="cuda")
     wild = torch.tensor([2**31 - 1, -5, 70, 2**30, 10, 1000], dtype=torch.int32, device="cuda")
+    use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
+    if recipe.get("exponential") == "mixed":  # which the LSE is not computed with
+        use(OPS.varlen_sdpa(*packed, causal, **recipe))
+    for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
+        OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
+
+
+def call_packed_hopper(shape: Shape, dtype: torch.dtype, causal: str) -> None:
+    for exponential in EXPONENTIALS:
+        recipe = {**RECIPE, "smooth": "kv", "exponential": exponential}
+        call_packed(recipe, shape, dtype, causal)
+
+
+def call_packed_mma(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> None:
     for granularity, smooth in (("thread", "k"), ("tensor", "qkv")):
-        recipe = member.recipe(granularity, smooth)
-        use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
-        for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
-            OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
+        call_packed(member.recipe(granularity, smooth), shape, dtype, causal)
 
 
 def use(*results: Tensor) -> None:
@@ -116,10 +127,11 @@ def call_many(causal: str) -> None:
 HOPPER: dict[str, Callable[[Shape, torch.dtype, str], None]] = {
     "hopper": call,
     "rotary": call_rotary,
+    "packed-hopper": call_packed_hopper,
 }
 BY_MEMBER: dict[str, Callable[[Member, Shape, torch.dtype, str], None]] = {
     "mma": call_mma,
-    "packed": call_packed,
+    "packed-mma": call_packed_mma,
 }
 FAMILIES = [*HOPPER, *BY_MEMBER]
 
@@ -136,7 +148,8 @@ def main() -> None:
     modes = [*itertools.product(DTYPES, CAUSAL)]
     for family in families:
         if family in HOPPER:
-            for shape, mode in itertools.product(SHAPES, modes):
+            shapes = SHAPES if family == "rotary" else (*SHAPES, WIDE)
+            for shape, mode in itertools.product(shapes, modes):
                 HOPPER[family](shape, *mode)
             continue
         for i, shape in enumerate((*SHAPES, WIDE)):

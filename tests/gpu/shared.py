@@ -78,6 +78,7 @@ MANY = {
     "short": (150, 130, 64, 64),
     "groups": (400, 2100, 64, 64),
     "wide": (400, 1100, 128, 100),
+    "wider": (300, 1100, 200, 256),
     "hidden": (1500, 300, 64, 64),
 }
 
@@ -208,6 +209,20 @@ def assert_strides_beyond_32_bits(recipe: Recipe) -> None:
         strided.append(view.copy_(x))
     assert same_bits(OPS.sdpa(*strided, **recipe), OPS.sdpa(*dense, **recipe))
     found, expected = (OPS.sdpa_with_lse(*x, **recipe) for x in (strided, dense))
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_packed_strides_beyond_32_bits(recipe: Recipe) -> None:
+    """Require dense inputs' bits of packed tokens 2**25 elements apart."""
+    tokens, stride = 129, 2**25
+    storage = torch.empty(tokens * stride, dtype=torch.bfloat16, device="cuda")
+    dense, strided = [normal(tokens, 1, 64) for _ in range(3)], []
+    for place, x in enumerate(dense):
+        view = storage.as_strided(x.shape, (stride, 64, 1), 64 * place)
+        strided.append(view.copy_(x))
+    edges = torch.tensor([0, 90, tokens], dtype=torch.int32, device="cuda")
+    lengths = (edges, edges, 90, 90)
+    found, expected = (OPS.varlen_sdpa_with_lse(*x, *lengths, **recipe) for x in (strided, dense))
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -22,11 +22,11 @@ ORACLE: dict[str, Any] = {
     **RECIPE,
     "value_group": VALUE_GROUP,
     "ranges": (64.0, VALUE_MAX),
-    "tile": 128,
     "sum_rounded": True,
     "lag": 1.75,
 }
 IMAGE_ROWS, CHUNK = 64, 16
+SWIZZLE_BYTES = 128  # the most that a permutation of chunks spans
 # Keys of a 16-byte chunk of V, in the order of its bytes.
 CHUNK_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 
@@ -38,7 +38,11 @@ def is_for_sm90(case: AttentionCase) -> bool:
 
 def width_of(head_dim: int, head_dim_v: int) -> int:
     """Return the channels of both images: the least of the kernels' that hold both."""
-    return 64 if max(head_dim, head_dim_v) <= 64 else 128
+    return next(width for width in (64, 128, 256) if max(head_dim, head_dim_v) <= width)
+
+
+def keys_of_a_step(inputs: Inputs) -> int:
+    return 128 if width_of(inputs.query.shape[3], inputs.value.shape[3]) <= 128 else 64
 
 
 def expected(inputs: Inputs, smooth: str, exponential: str) -> Expected:
@@ -49,7 +53,8 @@ def expected(inputs: Inputs, smooth: str, exponential: str) -> Expected:
     mean: Tensor | None = None
     if "k" in smooth:
         mean = OPS.prepare_kv(inputs.key, inputs.value, smooth=smooth)[2]
-    return expect(*inputs, **ORACLE, key_mean=mean, smooth=smooth, exponential=exponential)
+    recipe = {**ORACLE, "tile": keys_of_a_step(inputs), "smooth": smooth}
+    return expect(*inputs, **recipe, key_mean=mean, exponential=exponential)
 
 
 def assert_right(inputs: Inputs, smooth: str, exponential: str) -> None:
@@ -75,9 +80,12 @@ def assert_right(inputs: Inputs, smooth: str, exponential: str) -> None:
 def key_image(codes: Tensor, width: int) -> Tensor:
     """Return prepared codes of K in natural order: [B, H, 64 * tiles, width]."""
     b, h, tiles, _ = codes.shape
-    chunks = codes.view(b, h, tiles * IMAGE_ROWS, width // CHUNK, CHUNK)
-    row = torch.arange(tiles * IMAGE_ROWS, device=codes.device)
-    return _unswizzle(chunks, row % 8 if width == 128 else row // 2 % 4)
+    piece = min(width, SWIZZLE_BYTES)
+    pieces = codes.view(b, h, tiles, width // piece, IMAGE_ROWS, piece).transpose(3, 4)
+    chunks = pieces.reshape(b, h, tiles * IMAGE_ROWS, -1, piece // CHUNK, CHUNK)
+    row = torch.arange(tiles * IMAGE_ROWS, device=codes.device)[:, None]
+    natural = _unswizzle(chunks, row % 8 if piece == SWIZZLE_BYTES else row // 2 % 4)
+    return natural.flatten(-2)
 
 
 def value_image(codes: Tensor, width: int) -> Tensor:
@@ -91,7 +99,7 @@ def value_image(codes: Tensor, width: int) -> Tensor:
 
 
 def _unswizzle(chunks: Tensor, mask: Tensor) -> Tensor:
-    """Undo the XOR of the number of a chunk [..., rows, chunks, 16] with ``mask`` [rows]."""
+    """Undo the XOR of the number of a chunk [..., chunks, 16] with a ``mask`` of those before."""
     number = torch.arange(chunks.shape[-2], device=chunks.device)
-    place = (number ^ mask[:, None])[..., None].expand(chunks.shape)
+    place = (number ^ mask[..., None])[..., None].expand(chunks.shape)
     return chunks.gather(-2, place).flatten(-2)

@@ -12,6 +12,7 @@ from tests.gpu.shared import (
     OPS,
     assert_mask_strides_beyond_32_bits,
     assert_outputs_beyond_32_bits,
+    assert_packed_strides_beyond_32_bits,
     assert_strides_beyond_32_bits,
     normal,
 )
@@ -32,6 +33,11 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @every_recipe
 def test_strides_beyond_32_bits(recipe: dict[str, str]) -> None:
     assert_strides_beyond_32_bits(recipe)
+
+
+@every_recipe
+def test_packed_strides_beyond_32_bits(recipe: dict[str, str]) -> None:
+    assert_packed_strides_beyond_32_bits(recipe)
 
 
 @every_recipe

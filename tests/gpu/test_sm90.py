@@ -41,7 +41,7 @@ def test_random_cases_are_within_budget(seed: int) -> None:
             pick,
             granularity=["token_thread"],
             smooth=SMOOTHING,
-            head_dims=[64, 128],
+            head_dims=[64, 128, 256],
             most_queries=600,
             most_keys=[300, 2600],
         )
@@ -120,7 +120,7 @@ def test_budget_has_room_to_fail() -> None:
 # of K alone costs nothing; with one of V what is left is small beside the output.
 @pytest.mark.parametrize("exponential", EXPONENTIALS)
 @pytest.mark.parametrize("causal", ["none", "top_left"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
     ("data", "bound"), [("normal", 0.040), ("key_bias", 0.040), ("key_and_value_bias", 0.004)]
 )

@@ -13,6 +13,7 @@ from tests.gpu.shared import (
     OPS,
     assert_mask_strides_beyond_32_bits,
     assert_outputs_beyond_32_bits,
+    assert_packed_strides_beyond_32_bits,
     assert_strides_beyond_32_bits,
     normal,
 )
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_at_a_time")
 
 def test_strides_beyond_32_bits() -> None:
     assert_strides_beyond_32_bits(ARGUMENTS)
+
+
+def test_packed_strides_beyond_32_bits() -> None:
+    assert_packed_strides_beyond_32_bits(ARGUMENTS)
 
 
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])

@@ -112,7 +112,8 @@ def assert_prepared(k: Tensor, v: Tensor, smooth: str) -> None:
 @pytest.mark.parametrize("smooth", SMOOTHING)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("d", "dv"), [(64, 64), (128, 128), (40, 64), (8, 128), (80, 33), (100, 128), (1, 1)]
+    ("d", "dv"),
+    [(64, 64), (128, 128), (40, 64), (8, 128), (80, 33), (100, 128), (1, 1), (256, 256), (160, 40)],
 )
 def test_every_bit_is_the_references(d: int, dv: int, dtype: str, smooth: str) -> None:
     for m in KEYS:
@@ -147,6 +148,7 @@ def test_means_are_near_those_of_all_tokens() -> None:
         (257, 1100, 80, 33, "none", "none"),
         (40, 129, 64, 128, "none", "float"),
         (1, 1, 1, 1, "none", "bool"),
+        (70, 1200, 256, 200, "bottom_right", "none"),
     ],
 )
 def test_attention_is_that_of_the_whole_op(
@@ -170,7 +172,7 @@ def test_attention_is_that_of_the_whole_op(
 
 
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_parts_merge_to_what_all_keys_give(head_dim: int, causal: str) -> None:
     """A part's sum has the errors of its probabilities, which its output was divided by."""
     n, lengths = 700, (2048, 1300, 700)
@@ -258,7 +260,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "seqlen_k": ("seqlen_k", lambda x: -1, "seqlen_k must not be negative"),
     "other seqlen_k": ("seqlen_k", lambda x: x + 128, "key_codes must have shape [2, 2, 8, 8192]"),
     "head_dim_v": ("head_dim_v", lambda x: 0, "head_dim_v must be at least 1, got 0"),
-    "wide": ("head_dim_v", lambda x: 129, "a head_dim of at most 128 in this recipe, got 129"),
+    "wide": ("head_dim_v", lambda x: 257, "a head_dim of at most 256 in this recipe, got 257"),
     "mask": ("attn_mask", lambda x: torch.ones(N, 7, device="cuda"), "attn_mask must broadcast to"),
     "mask dtype": (
         "attn_mask",
@@ -296,7 +298,7 @@ def test_bad_keys_and_recipes_are_named() -> None:
         ({"value": k.half()}, "value must have"),
         ({"value": k.cpu()}, "value must be on cuda"),
         ({"key": k.cpu()}, "key must be on cuda"),
-        ({"key": torch.randn(1, 2, 8, 129, device="cuda")}, "head_dim of at most 128"),
+        ({"key": torch.randn(1, 2, 8, 257, device="cuda")}, "head_dim between 1 and 256"),
     ]
     for change, message in bad:
         with pytest.raises(ValueError) as caught:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import torch_sage
+from tests.gpu import sm90
 from tests.gpu.mma import MEMBERS, Member
-from tests.gpu.shared import OPS
+from tests.gpu.shared import OPS, Recipe
 from tests.numerics import same_bits
-from tests.varlen import Packed, one_by_one, pack, starts
+from tests.varlen import Packed, as_batch, one_by_one, pack, sequences, starts
 from torch_sage import SageConfig
+from torch_sage.recipes import PREPARED, SUPPORT
 
 # Tiles of 64 keys, blocks of 128 rows, and statistics of more than 4 chunks of 256 rows, which a
-# launch of its own adds up, meet their edges; 17,000 keys have chunks of more than 256.
+# launch of its own adds up, meet their edges; 17,000 keys have chunks of more than 256. Hopper's
+# own kernels have blocks of 192 rows, steps of 128 keys, and groups of 1024.
 LENGTHS = {
     "edges": ([0, 1, 63, 64, 65, 1000, 128], [1, 0, 64, 63, 129, 65, 1000]),
+    "groups": ([191, 192, 193, 385, 1, 0, 129], [1023, 1024, 1025, 2049, 128, 127, 1]),
     "one": ([300], [257]),
     "chunks": ([40, 130, 7, 200], [1025, 1, 17000, 1300]),
     "many": ([3 * i % 50 for i in range(1100)], [5 * i % 70 for i in range(1100)]),
@@ -26,23 +28,48 @@ LENGTHS = {
 }
 
 
-def assert_one_by_one(packed: Packed, causal: str, scale: float | None, recipe: Any) -> None:
+HOPPER = SUPPORT[PREPARED].default.op_kwargs()
+# One of each family, for what does not depend on the formats.
+FAMILIES = {
+    "mma-bf16": MEMBERS[0].recipe("tensor", "qkv"),
+    "mma-fp8": MEMBERS[4].recipe("tensor", "qkv"),
+    "mma-int4": MEMBERS[-1].recipe("tensor", "qkv"),
+    "hopper": HOPPER,
+}
+of_each_family = pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
+
+
+def outputs_one_by_one(packed: Packed, causal: str, scale: float | None, recipe: Recipe) -> Tensor:
+    """Return the output of ``sdpa`` on every sequence alone, packed."""
+    q, k, v = packed[:3]
+    output = q.new_zeros((*q.shape[:2], v.shape[2]))
+    for queries, keys in sequences(packed):
+        operands = as_batch(q, queries), as_batch(k, keys), as_batch(v, keys)
+        output[queries] = OPS.sdpa(*operands, None, causal, scale, **recipe)[0].transpose(0, 1)
+    return output
+
+
+def assert_one_by_one(packed: Packed, causal: str, scale: float | None, recipe: Recipe) -> None:
     expected, expected_lse = one_by_one(packed, causal, scale, **recipe)
     output, lse = OPS.varlen_sdpa_with_lse(*packed, causal, scale, **recipe)
     assert same_bits(output, expected)
     assert same_bits(lse, expected_lse)
+    if recipe.get("exponential") == "mixed":  # exact where the LSE is returned
+        expected = outputs_one_by_one(packed, causal, scale, recipe)
     assert same_bits(OPS.varlen_sdpa(*packed, causal, scale, **recipe), expected)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@pytest.mark.parametrize("member", [*MEMBERS, "hopper"], ids=str)
 @pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_every_sequence_has_the_bits_of_a_call_alone(
-    lengths: str, causal: str, member: Member
+    lengths: str, causal: str, member: Member | str
 ) -> None:
-    smooth = "qk" if member.qk == "int4" else "k"
     packed = pack(*LENGTHS[lengths], device="cuda")
-    assert_one_by_one(packed, causal, None, member.recipe(smooth=smooth))
+    recipe = HOPPER
+    if isinstance(member, Member):
+        recipe = member.recipe(smooth="qk" if member.qk == "int4" else "k")
+    assert_one_by_one(packed, causal, None, recipe)
 
 
 @pytest.mark.parametrize("member", [MEMBERS[0], MEMBERS[4], MEMBERS[-1]], ids=str)
@@ -81,8 +108,49 @@ def test_recipes_layouts_and_widths(
     assert_one_by_one(packed, "bottom_right", -0.1, member.recipe(granularity, smooth))
 
 
-def test_rows_that_no_sequence_has_are_zero() -> None:
-    recipe = MEMBERS[0].recipe()
+@pytest.mark.parametrize("exponential", sm90.EXPONENTIALS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["htd", "sliced", "fused"])
+@pytest.mark.parametrize(
+    ("smooth", "dims"),
+    [("k", (64, 64)), ("v", (128, 40)), ("", (33, 128)), ("kv", (128, 128)), ("kv", (17, 9))],
+)
+def test_layouts_and_widths_of_hopper(
+    smooth: str, dims: tuple[int, int], layout: str, dtype: torch.dtype, exponential: str
+) -> None:
+    queries, keys = LENGTHS["groups"]
+    if layout == "fused":
+        keys = queries
+    packed = pack(
+        queries,
+        keys,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        dtype=dtype,
+        layout=layout,
+        device="cuda",
+    )
+    recipe = {**sm90.RECIPE, "smooth": smooth, "exponential": exponential}
+    assert_one_by_one(packed, "bottom_right", -0.1, recipe)
+
+
+@of_each_family
+@pytest.mark.parametrize("operand", [0, 1, 2])
+def test_poison_stays_in_its_sequence(operand: int, recipe: Recipe) -> None:
+    clean = pack([100, 200, 70], [100, 200, 70], device="cuda")
+    spoilt = clean[operand].clone()
+    spoilt[150, 1, 3] = torch.nan
+    poisoned = clean._replace(**{clean._fields[operand]: spoilt})
+    outputs = [OPS.varlen_sdpa_with_lse(*x, **recipe) for x in (clean, poisoned)]
+    for right, found in zip(*outputs, strict=True):
+        rows = found.movedim(found.shape.index(370), 0)
+        expected = right.movedim(right.shape.index(370), 0)
+        assert same_bits(rows[:100], expected[:100]) and same_bits(rows[300:], expected[300:])
+    assert outputs[1][0][100:300].isnan().any()
+
+
+@of_each_family
+def test_rows_that_no_sequence_has_are_zero(recipe: Recipe) -> None:
     packed = pack([100, 200, 70], [100, 200, 70], device="cuda")
     inner = torch.tensor([100, 300], dtype=torch.int32, device="cuda")
     output, lse = OPS.varlen_sdpa_with_lse(*packed[:3], inner, inner, 200, 200, **recipe)
@@ -93,8 +161,8 @@ def test_rows_that_no_sequence_has_are_zero() -> None:
         assert (output[outside] == 0).all() and (lse[:, outside] == -torch.inf).all()
 
 
-def test_what_is_longer_than_it_may_be_is_left_out() -> None:
-    recipe = MEMBERS[0].recipe()
+@of_each_family
+def test_what_is_longer_than_it_may_be_is_left_out(recipe: Recipe) -> None:
     packed = pack([300, 40], [300, 40], device="cuda")
     output = OPS.varlen_sdpa(*packed[:5], 200, 200, **recipe)
     short = [torch.cat([x[:200], x[300:]]) for x in packed[:3]]
@@ -114,23 +182,19 @@ def test_what_is_longer_than_it_may_be_is_left_out() -> None:
         [-1] * 5,
     ],
 )
-@pytest.mark.parametrize("member", [MEMBERS[0], MEMBERS[4]], ids=str)
-def test_lengths_that_make_no_sense_touch_no_other_memory(member: Member, edges: list[int]) -> None:
+@of_each_family
+def test_lengths_that_make_no_sense_touch_no_other_memory(recipe: Recipe, edges: list[int]) -> None:
     """What comes out is nobody's; compute-sanitizer sees what is read (tests/gpu/sanitize.py)."""
     packed = pack([100, 200, 70], [100, 200, 70], device="cuda")
     wrong = torch.tensor(edges, dtype=torch.int32, device="cuda")
     for q_edges, k_edges in ((wrong, wrong), (packed.cu_seqlens_q.repeat(2)[:5], wrong)):
-        for granularity in ("thread", "tensor"):
-            recipe = member.recipe(granularity, "qkv")
-            OPS.varlen_sdpa_with_lse(*packed[:3], q_edges, k_edges, 370, 370, **recipe)
+        OPS.varlen_sdpa_with_lse(*packed[:3], q_edges, k_edges, 370, 370, **recipe)
     torch.cuda.synchronize()
-    right = OPS.varlen_sdpa(*packed, **member.recipe())
-    assert same_bits(right, one_by_one(packed, "none", **member.recipe())[0])
+    assert_one_by_one(packed, "none", None, recipe)
 
 
-@pytest.mark.parametrize("member", [MEMBERS[0], MEMBERS[4], MEMBERS[-1]], ids=str)
-def test_a_graph_is_replayed_with_other_lengths(member: Member) -> None:
-    recipe = member.recipe("tensor", "qkv")
+@of_each_family
+def test_a_graph_is_replayed_with_other_lengths(recipe: Recipe) -> None:
     tokens, count = 1500, 6
     first = pack([250] * count, [250] * count, device="cuda")
     inputs = first._replace(max_seqlen_q=tokens, max_seqlen_k=tokens)
@@ -150,9 +214,9 @@ def test_a_graph_is_replayed_with_other_lengths(member: Member) -> None:
             assert same_bits(got, expected) and same_bits(got, other)
 
 
-def test_nothing_waits_for_the_gpu() -> None:
+@of_each_family
+def test_nothing_waits_for_the_gpu(recipe: Recipe) -> None:
     packed = pack([1000] * 20, [1000] * 20, device="cuda")
-    recipe = MEMBERS[0].recipe("tensor", "qkv")
     OPS.varlen_sdpa_with_lse(*packed, **recipe)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -169,10 +233,10 @@ def test_nothing_waits_for_the_gpu() -> None:
     torch.cuda.synchronize()
 
 
-def test_memory_is_that_of_the_tokens() -> None:
+@of_each_family
+def test_memory_is_that_of_the_tokens(recipe: Recipe) -> None:
     """One long sequence among short ones does not make those long."""
     packed = pack([20000] + [30] * 50, [20000] + [30] * 50, device="cuda")
-    recipe = MEMBERS[0].recipe()
     OPS.varlen_sdpa(*packed, **recipe)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -186,26 +250,28 @@ def test_memory_is_that_of_the_tokens() -> None:
 def test_the_function_runs_the_default_recipe(dtype: torch.dtype) -> None:
     packed = pack([300, 20], [300, 20], dtype=dtype, device="cuda")
     result = torch_sage.varlen_attention(*packed, is_causal=True, return_lse=True)
-    pv = "fp16" if dtype == torch.float16 else "bf16"
-    recipe = {"qk": "int8", "granularity": "thread", "pv": pv, "smooth": "k"}
-    for got, expected in zip(result, one_by_one(packed, "top_left", **recipe), strict=True):
+    for got, expected in zip(result, one_by_one(packed, "top_left", **HOPPER), strict=True):
         assert isinstance(got, Tensor) and same_bits(got, expected)
+    found = torch_sage.varlen_attention(*packed, is_causal=True)
+    assert isinstance(found, Tensor)
+    assert same_bits(found, outputs_one_by_one(packed, "top_left", None, HOPPER))
 
 
 def test_recipes_without_such_kernels_are_refused() -> None:
     packed = pack([30], [30], device="cuda")
-    for granularity in ("token", "token_thread"):
-        with pytest.raises(NotImplementedError, match="granularity must be one of"):
-            torch_sage.varlen_attention(*packed, config=SageConfig(granularity=granularity))
-        with pytest.raises((RuntimeError, ValueError), match="granularity must be one of"):
-            OPS.varlen_sdpa(*packed, **{**MEMBERS[0].recipe(), "granularity": granularity})
+    with pytest.raises(NotImplementedError, match="smooth must be one of"):
+        config = SageConfig(granularity="token_thread", smooth_q=True)
+        torch_sage.varlen_attention(*packed, config=config)
+    with pytest.raises((RuntimeError, ValueError), match="smooth must be one of"):
+        OPS.varlen_sdpa(*packed, **{**HOPPER, "smooth": "q"})
     with pytest.raises((RuntimeError, ValueError), match="cu_seqlens_k must be on cuda:0"):
         OPS.varlen_sdpa(*packed[:4], packed.cu_seqlens_k.cpu(), 30, 30, **MEMBERS[0].recipe())
 
 
+@of_each_family
 @pytest.mark.parametrize("name", ["varlen_sdpa", "varlen_sdpa_with_lse"])
-def test_opcheck(name: str) -> None:
+def test_opcheck(name: str, recipe: Recipe) -> None:
     packed = pack([30, 70], [30, 70], device="cuda")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     op = getattr(OPS, name).default
-    torch.library.opcheck(op, packed, MEMBERS[0].recipe(), test_utils=tests)
+    torch.library.opcheck(op, packed, recipe, test_utils=tests)

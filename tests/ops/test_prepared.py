@@ -36,7 +36,7 @@ def arguments(m: int = M, d: int = D, dv: int = DV) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("d", "dv", "padded"),
-    [(1, 1, 64), (64, 64, 64), (65, 64, 128), (64, 65, 128), (128, 96, 128)],
+    [(1, 1, 64), (64, 64, 64), (65, 64, 128), (64, 65, 128), (128, 96, 128), (40, 129, 256)],
 )
 @pytest.mark.parametrize("m", [0, 1, 128, 129, 1024, 1025])
 def test_shapes_are_whole_tiles(m: int, d: int, dv: int, padded: int) -> None:

@@ -339,7 +339,7 @@ def require_rotations(
 def prepare_kv(key: Tensor, value: Tensor, *, smooth: str = "kv") -> tuple[Tensor, ...]:
     """Shapes of codes, scales and mean of K, of codes, scales and shift of V.
 
-    With T = ceil(M / 128) and P = 64 or 128, the least that holds both head dimensions:
+    With T = ceil(M / 128) and P = 64, 128 or 256, the least that holds both head dimensions:
     key_codes [B, Hkv, 2 T, 64 P] int8, an image of 64 tokens each; key_scales [B, Hkv, T, 4] fp32;
     key_mean [B, Hkv, D] fp32; value_codes like key_codes, but uint8; value_scales and value_shift
     [B, Hkv, ceil(M / 1024), P] fp32.

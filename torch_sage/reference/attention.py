@@ -106,7 +106,8 @@ def attention(
         two_level: whether the accumulator is flushed to fp32 after every key tile (2.7).
         ranges: P_r and V_r of an E4M3 format; by default ``E4M3_RANGES``.
         sum_rounded: whether the row sum is taken from the rounded P; by default 2.6's choice.
-        exp2_error: relative error given to 2**x, to see what a kernel's approximation may do.
+        exp2_error: relative error given to 2**x, to see what a kernel's approximation may do; what
+            the rounding of a row's largest score may do besides is given the same sign.
         value_group: tokens of V that share a scale and a mean per channel, all by default. Each
             token then also gets back what the codes of its group lack on average (``value_shift``),
             the accumulator is flushed after every group and sums the rounded P, too; only with
@@ -290,7 +291,7 @@ def _online(
         new_top = torch.maximum(top, z.amax(-1) - shift)
         origin = new_top.masked_fill(new_top == -torch.inf, 0.0)
         alpha = (top - origin).exp2()
-        p = (z - origin[..., None]).exp2() * (1 + ops.exp2_error)
+        p = (z - origin[..., None]).exp2() * (1 + ops.probability_error(origin))[..., None]
         rounded = round_probabilities(p, pv)
         total = alpha * total + p.sum(-1)
         total_rounded = alpha * total_rounded + rounded.sum(-1)

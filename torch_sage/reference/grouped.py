@@ -57,11 +57,12 @@ def online_by_groups(
             reference = moved
             origin = reference.masked_fill(reference == -torch.inf, 0.0)
             x = z - origin[..., None] + shift
-            p = x.exp2() * (1 + ops.exp2_error)
+            error = ops.probability_error(origin)[..., None]
+            p = x.exp2() * (1 + error)
             rounded = round_probabilities(p, PV)
             if exponential == "mixed":
                 column = torch.arange(keys.start, keys.stop, device=device) % LINEAR_PERIOD
-                linear = linear_probabilities(x + math.log2(1 + ops.exp2_error))
+                linear = linear_probabilities(x + error.log1p() / math.log(2))
                 rounded = torch.where(column >= LINEAR_START, linear, rounded)
             total = alpha * total + p.sum(-1)
             flushed = alpha[..., None] * flushed

@@ -58,6 +58,18 @@ class Operands(NamedTuple):
     scale_magnitude: float
     exp2_error: float = 0.0
 
+    def probability_error(self, maximum: Tensor) -> Tensor:
+        """Return the relative error [B, Hq, N] of P: that of 2**x, and that of x.
+
+        Kernels subtract a rounded maximum from a product that is not rounded, so x may be half a
+        unit in the last place of that maximum where it should be 0. Logits with a mask in them are
+        rounded before.
+        """
+        if self.exp2_error == 0 or self.bias is not None:
+            return torch.full_like(maximum, self.exp2_error)
+        of_maximum = math.log(2) * torch.finfo(torch.float32).eps / 2 * maximum.abs()
+        return self.exp2_error + math.copysign(1.0, self.exp2_error) * of_maximum
+
     def value_groups(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield the keys of each group of V, its scales and shift, and the rows that read it.
 

@@ -6,12 +6,7 @@
 namespace torch_sage::sm90 {
 
 constexpr int kWarpgroup = 128;
-constexpr int kKeys = 128;     // keys of a step
-constexpr int kStages = 2;     // steps of K and V in flight
-constexpr int kConsumers = 3;  // warpgroups of 64 query rows
-constexpr int kRows = 64 * kConsumers;
-static_assert(kRows == kQueryBlock);
-constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+constexpr int kStages = 2;      // steps of K and V in flight
 constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fetches K and V
 constexpr int kQueryThreads = 32 * kQueryWarps;
 // P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
@@ -19,7 +14,6 @@ constexpr int kQueryThreads = 32 * kQueryWarps;
 constexpr float kOffset = 6.f, kLag = 1.75f;
 constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
 constexpr uint32_t kOneCodes = 0x28282828u;
-constexpr int kStepsPerGroup = kValueGroup / kKeys;
 constexpr int kWorkBytes = 48;  // of a piece of work, in shared memory
 
 enum class Mode {
@@ -33,8 +27,8 @@ enum class Mode {
 template <int kWidth_, Mode kMode>
 struct Config {
   static constexpr int kWidth = kWidth_;
-  static constexpr int kRows = sm90::kRows;  // of a piece of work
   static constexpr bool kHasMask = kMode == Mode::kMasked;
+  static constexpr bool kIsWide = kWidth > 128;
   static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Whether the LSE has a sum of its own, of probabilities that are exact.
   static constexpr bool kSumsExactly = kMode == Mode::kExact || kMode == Mode::kMasked;
@@ -42,14 +36,25 @@ struct Config {
   // linear mantissa.
   static constexpr int kExactColumns = kSumsExactly ? 4 : 1;
 
-  // With kThreads of 4 warpgroups, all 65536 registers of a multiprocessor.
-  static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
+  // Warpgroups of 64 query rows. A mask, and half of the sums of 256 channels, take registers that
+  // three of them do not have.
+  static constexpr int kConsumers = kHasMask || kIsWide ? 2 : 3;
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  // In all, the registers that a multiprocessor has.
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kIsWide ? 232 : 224;
+  static constexpr int kProducerRegisters = kConsumers == 3 || !kIsWide ? 56 : 40;
 
+  static constexpr int kKeys = kIsWide ? 64 : 128;  // of a step
+  static constexpr int kStepsPerGroup = kValueGroup / kKeys;
   static constexpr int kOutputColumns = kWidth + 8;  // 8 rows of ones behind V
   static constexpr int kKeyBytes = kKeys * kWidth;
   static constexpr int kPanelBytes = kOutputColumns * kKeyTile;
   static constexpr int kValueBytes = kKeys / kKeyTile * kPanelBytes;
-  static constexpr int kBufferFloats = kOutputColumns / 2;  // of O, per thread
+  // fp32 sums of finished groups of V: columns in shared memory, and those in registers.
+  static constexpr int kBufferColumns = kIsWide ? 128 : kWidth;
+  static constexpr int kSumRegisters = (kWidth - kBufferColumns) / 2;
+  static constexpr int kBufferFloats = (kBufferColumns + 8) / 2;  // per thread, sums of P behind
   static constexpr int kScaleSlots = 4;  // groups of V whose scales and shifts may be in use
 
   static constexpr int kQueryAt = 0;

@@ -1,11 +1,11 @@
-// One warpgroup's share of the work: 64 query rows against all their keys, kKeys at a step.
+// One warpgroup's share of the work: 64 query rows against all their keys, C::kKeys at a step.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "attention/mask.cuh"
 #include "attention/sm90/config.cuh"
+#include "attention/sm90/mask_tile.cuh"
 #include "attention/sm90/ptx.cuh"
 #include "attention/sm90/wgmma.cuh"
 #include "attention/sm90/work.cuh"
@@ -15,11 +15,6 @@ namespace torch_sage::sm90 {
 
 // Scores of a step that are hidden count as this in the integer maximum.
 constexpr int kHiddenScore = -(1 << 30);
-
-// Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
-__device__ __forceinline__ float decay(float from, float to) {
-  return from == to ? 1.f : exp2_approx(from - to);
-}
 
 template <class C>
 class Consumer {
@@ -59,12 +54,14 @@ class Consumer {
 
  private:
   // All steps of a piece of work, but for the product of the last P with V. Keys may be hidden in
-  // the first steps only, which have a loop of their own; so has what comes between two promotions:
-  // the instructions of the common case lie close together.
+  // the first steps only, which have a loop of their own, where there is no mask to hide them; so
+  // has what comes between two promotions: the instructions of the common case lie close together.
   __device__ __forceinline__ void attend() {
     float factor[2], old_max[2];
+    fetch_mask(skip_);
     wgmma_wait<0>();
-    if (skip_ < whole_from_) {
+    const int whole_from = C::kHasMask ? skip_ : min(steps_, whole_from_);
+    if (skip_ < whole_from) {
       exponentiate<true>(skip_, factor);
     } else {
       exponentiate<false>(skip_, factor);
@@ -73,7 +70,7 @@ class Consumer {
     pack();
     int n = skip_ + 1;
 #pragma unroll 1
-    for (; n < min(steps_, whole_from_); n++) {
+    for (; n < whole_from; n++) {
       const bool moved = take_step<true>(n, factor, old_max);
       if (ends_group(n)) {
         promote<false>(n, old_max);
@@ -109,6 +106,7 @@ class Consumer {
   __device__ __forceinline__ bool take_step(int n, float (&factor)[2], float (&old_max)[2]) {
     multiply_keys(n, true);
     multiply_values(n - 1);
+    fetch_mask(n);
     wgmma_wait<1>();
     old_max[0] = max_[0];
     old_max[1] = max_[1];
@@ -120,10 +118,19 @@ class Consumer {
     return moved;
   }
 
-  __device__ __forceinline__ int first_key(int n) const { return (steps_ - 1 - n) * kKeys; }
+  __device__ __forceinline__ void fetch_mask(int n) {
+    if constexpr (C::kHasMask) mask_.fetch(p_, first_key(n), quad_);
+  }
+
+  // Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
+  __device__ __forceinline__ static float decay(float from, float to) {
+    return from == to ? 1.f : exp2_approx((from - to) * kUnit);
+  }
+
+  __device__ __forceinline__ int first_key(int n) const { return (steps_ - 1 - n) * C::kKeys; }
   // Whether the step before n was the last of its value group.
   __device__ __forceinline__ bool ends_group(int n) const {
-    return (steps_ - n) % kStepsPerGroup == 0;
+    return (steps_ - n) % C::kStepsPerGroup == 0;
   }
 
   // Takes the next piece of work; false if there is none.
@@ -136,30 +143,31 @@ class Consumer {
     steps_ = __shfl_sync(~0u, work.steps, 0);
     last_ = work.keys - 1;
     diagonal_ = work.first_row + row_in_block_ + work.last_key_offset;
-    const int place = slot_ * kRows + row_in_block_;
+    const int place = slot_ * C::kRows + row_in_block_;
     const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
-    query_scale_[0] = scales[0];
-    query_scale_[1] = scales[8];
+    query_scale_[0] = scales[0] * (1.f / kUnit);
+    query_scale_[1] = scales[8] * (1.f / kUnit);
+    if constexpr (C::kHasMask) mask_.begin(p_, work, work.first_row + row_in_block_);
     if constexpr (C::kHasLse) {
       const float* shifts = reinterpret_cast<const float*>(shared_ + C::kQueryShiftAt) + place;
       lse_shift_[0] = shifts[0];
       lse_shift_[1] = shifts[8];
       sum_[0] = sum_[1] = 0.f;
     }
-    query_ =
-        descriptor<C::kWidth>(base_ + C::kQueryAt + (slot_ * kRows + warpgroup_ * 64) * C::kWidth);
+    query_ = descriptor<kPieceBytes<C::kWidth>>(base_ + C::kQueryAt +
+                                                (slot_ * C::kRows + warpgroup_ * 64) * C::kWidth);
     // Rows of this warpgroup may end a step before those of the last one.
     const int last_row = work.first_row + warpgroup_ * 64 + 63;
-    skip_ = max(steps_ - steps_until(work, last_row), 0);
+    skip_ = max(steps_ - steps_until<C>(work, last_row), 0);
     skip_ = __shfl_sync(~0u, skip_, 0);
     // Steps up to `whole` have only keys that all rows see.
-    const int whole = (last_key(work, last_row - 63) + 1) / kKeys;
+    const int whole = (last_key(work, last_row - 63) + 1) / C::kKeys;
     whole_from_ = __shfl_sync(~0u, steps_ - max(whole, 0), 0);
     work_count_++;
     return true;
   }
 
-  // Lets one step pass; skip_ is never more, since two warpgroups' rows are at most kKeys apart.
+  // Lets one step pass; skip_ is never more, since two warpgroups' rows are at most C::kKeys apart.
   __device__ __forceinline__ void skip_keys(bool is_live) const {
     if (is_live && skip_ > 0 && lane_ == 0) {
       const unsigned stage = count_ % kStages;
@@ -176,7 +184,7 @@ class Consumer {
         barrier_arrive(barriers_.value_empty(stage));
       }
       // The step may have been its group's only one.
-      if ((steps_ - 1) % kStepsPerGroup == 0) group_count_++;
+      if ((steps_ - 1) % C::kStepsPerGroup == 0) group_count_++;
     }
     __syncwarp();
   }
@@ -187,11 +195,13 @@ class Consumer {
       barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
       key_scale_ = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt + stage * 16)[quad_];
     }
-    const uint64_t keys = descriptor<C::kWidth>(base_ + C::kKeyAt + stage * C::kKeyBytes);
+    const uint64_t keys =
+        descriptor<kPieceBytes<C::kWidth>>(base_ + C::kKeyAt + stage * C::kKeyBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::kWidth / 32; i++)
-      Scores<kKeys>::multiply(s_, query_ + 2 * i, keys + 2 * i, i > 0);
+      Scores<C::kKeys>::multiply(s_, query_ + column_step<C::kWidth>(i),
+                                 keys + column_step<C::kWidth>(i), i > 0);
     wgmma_commit();
   }
 
@@ -200,7 +210,7 @@ class Consumer {
     barrier_wait(barriers_.value_full(stage), (count / kStages) & 1);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kKeys / 32; i++) {
+    for (int i = 0; i < C::kKeys / 32; i++) {
       const uint64_t values = descriptor<kKeyTile>(base_ + C::kValueAt + stage * C::kValueBytes +
                                                    i / 2 * C::kPanelBytes);
       ValueProduct::multiply(o_, p8_ + 4 * i, values + 2 * (i & 1), accumulates_ | (i > 0));
@@ -214,7 +224,7 @@ class Consumer {
   // the factors of what was summed before.
   template <bool kHasHidden>
   __device__ __forceinline__ bool exponentiate(int n, float (&factor)[2]) {
-    const float scale[2] = {query_scale_[0] * key_scale_, query_scale_[1] * key_scale_};
+    float scale[2] = {query_scale_[0] * key_scale_, query_scale_[1] * key_scale_};
     float top[2];
     if constexpr (C::kHasMask) {
       add_mask(first_key(n), scale, top);
@@ -226,7 +236,8 @@ class Consumer {
       top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
       top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
     }
-    const bool moved = __any_sync(~0u, top[0] > max_[0] + kLag || top[1] > max_[1] + kLag);
+    const bool moved =
+        __any_sync(~0u, top[0] > max_[0] + kLag / kUnit || top[1] > max_[1] + kLag / kUnit);
     if (moved) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -267,7 +278,7 @@ class Consumer {
         const int last = last_column(h, first_key);
         int largest = kHiddenScore;
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; j++)
+        for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
           for (int b = 0; b < 2; b++)
             largest =
@@ -281,7 +292,7 @@ class Consumer {
       for (int h = 0; h < 2; h++) {
         int even = s_[2 * h], odd = s_[4 + 2 * h];
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; j += 2) {
+        for (int j = 0; j < C::kKeys / 8; j += 2) {
           even = __vimax3_s32(even, s_[4 * j + 2 * h], s_[4 * j + 2 * h + 1]);
           odd = __vimax3_s32(odd, s_[4 * j + 4 + 2 * h], s_[4 * j + 5 + 2 * h]);
         }
@@ -301,7 +312,7 @@ class Consumer {
       slope[h] = 8.f * scale[h];
     }
 #pragma unroll
-    for (int j = 0; j < kKeys / 8; j++)
+    for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -316,7 +327,7 @@ class Consumer {
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; j++)
+        for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
           for (int b = 0; b < 2; b++)
             if (8 * j + 2 * quad_ + b > last)
@@ -325,49 +336,24 @@ class Consumer {
     }
   }
 
-  // Scores become base-2 logits with the mask in them, -inf where hidden; `top` their maxima.
-  __device__ __forceinline__ void add_mask(int first_key, const float (&scale)[2],
-                                           float (&top)[2]) {
-#pragma unroll
-    for (int i = 0; i < kScores; i++)
-      s_[i] = __float_as_int(__int2float_rn(s_[i]) * scale[i >> 1 & 1]);
-    visit_mask(p_, [&](auto* mask) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const Work& work = works_[slot_];
-        const int row = work.first_row + row_in_block_ + 8 * h;
-        const int last = row < work.rows ? last_column(h, first_key) - 2 * quad_ : -1;
-        auto* at = mask + work.batch * p_.mask_stride_b + work.head * p_.mask_stride_h +
-                   row * p_.mask_stride_n + (first_key + 2 * quad_) * p_.mask_stride_m;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; j++) {
-#pragma unroll
-          for (int b = 0; b < 2; b++) {
-            float& logit = reinterpret_cast<float&>(s_[4 * j + 2 * h + b]);
-            if (8 * j + b <= last) logit = with_mask(logit, at[b * p_.mask_stride_m]);
-          }
-          at += 8 * p_.mask_stride_m;
-          // Or the whole mask is loaded first, and there are not enough registers for it.
-          if (j % 4 == 3) {
-#pragma unroll
-            for (int i = j - 3; i <= j; i++)
-              asm volatile("" : "+r"(s_[4 * i + 2 * h]), "+r"(s_[4 * i + 2 * h + 1]), "+l"(at));
-          }
-        }
-      }
-    });
+  // Scores become logits with the mask in them, -inf where hidden; `top` their maxima. A scale that
+  // is NaN must not reach a hidden key, so it is remembered of those that see one.
+  __device__ __forceinline__ void add_mask(int first_key, float (&scale)[2], float (&top)[2]) {
+    bool is_poison[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int last = last_column(h, first_key);
+      is_poison[h] = scale[h] != scale[h];
+      if (is_poison[h]) scale[h] = 0.f;
+    }
+    mask_.add(p_, first_key, quad_, scale, s_);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
       top[h] = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; j++)
+      for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-          const int i = 4 * j + 2 * h + b;
-          if (8 * j + 2 * quad_ + b > last) s_[i] = __float_as_int(-INFINITY);
-          top[h] = fmaxf(top[h], __int_as_float(s_[i]));
-        }
+        for (int b = 0; b < 2; b++) top[h] = fmaxf(top[h], __int_as_float(s_[4 * j + 2 * h + b]));
+      if (is_poison[h] && top[h] != -INFINITY) poison_ |= 1 << h;
     }
   }
 
@@ -376,12 +362,12 @@ class Consumer {
     for (int h = 0; h < 2; h++) {
       const float origin = max_[h] == -INFINITY ? 0.f : max_[h];
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; j++)
+      for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
         for (int b = 0; b < 2; b++) {
           const int i = 4 * j + 2 * h + b;
-          // Not fused with the offset: the logits of a row may all be -FLT_MAX.
-          s_[i] = __float_as_int(exp2_approx(__fadd_rn(__int_as_float(s_[i]) - origin, kOffset)));
+          // The origin apart: beside a large one the offset would be lost.
+          s_[i] = __float_as_int(exp2_approx(fmaf(__int_as_float(s_[i]) - origin, kUnit, kOffset)));
         }
     }
   }
@@ -393,7 +379,7 @@ class Consumer {
 
   __device__ __forceinline__ void pack() {
 #pragma unroll
-    for (int q = 0; q < kKeys / 16; q++)
+    for (int q = 0; q < C::kKeys / 16; q++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const float a = __int_as_float(s_[8 * q + 2 * h]),
@@ -434,7 +420,7 @@ class Consumer {
   // The step before `n` was the group's last.
   template <bool kMayBePlain>
   __device__ __forceinline__ void promote(int n, const float (&reference)[2]) {
-    const int group = (steps_ - n) / kStepsPerGroup;
+    const int group = (steps_ - n) / C::kStepsPerGroup;
     float old[2];
     bool sees[2];
 #pragma unroll
@@ -464,9 +450,8 @@ class Consumer {
     for (int j = 0; j < C::kWidth / 8; j++) {
       const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
       const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
-      float4* place = reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup);
       float4 x = make_float4(0, 0, 0, 0);
-      if (kIsPlain || buffer_is_used_) x = *place;
+      if (kIsPlain || buffer_is_used_) x = sums(j);
       if constexpr (kIsPlain) {
         x = {dequantize(4 * j, scale.x, fmaf(shift.x, sum[0], x.x)),
              dequantize(4 * j + 1, scale.y, fmaf(shift.y, sum[0], x.y)),
@@ -478,11 +463,34 @@ class Consumer {
         x.z = fmaf(x.z, old[1], sees[1] ? dequantize(4 * j + 2, scale.x, shift.x * sum[1]) : 0.f);
         x.w = fmaf(x.w, old[1], sees[1] ? dequantize(4 * j + 3, scale.y, shift.y * sum[1]) : 0.f);
       }
-      *place = x;
+      set_sums(j, x);
     }
-    float2* place = reinterpret_cast<float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
-    const float2 total = buffer_is_used_ ? *place : make_float2(0, 0);
-    *place = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
+    const float2 total = buffer_is_used_ ? *total_place() : make_float2(0, 0);
+    *total_place() = make_float2(fmaf(total.x, old[0], sum[0]), fmaf(total.y, old[1], sum[1]));
+  }
+
+  // Of finished groups: sums of channels 8 j + 2 quad and the next for both rows.
+  __device__ __forceinline__ float4 sums(int j) const {
+    constexpr int kBuffered = C::kBufferColumns / 8;
+    if (j < kBuffered) return *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
+    const float* at = sums_ + 4 * (j - kBuffered);
+    return make_float4(at[0], at[1], at[2], at[3]);
+  }
+  __device__ __forceinline__ void set_sums(int j, float4 x) {
+    constexpr int kBuffered = C::kBufferColumns / 8;
+    if (j < kBuffered) {
+      *reinterpret_cast<float4*>(buffer_ + j * 4 * kWarpgroup) = x;
+    } else {
+      float* at = sums_ + 4 * (j - kBuffered);
+      at[0] = x.x;
+      at[1] = x.y;
+      at[2] = x.z;
+      at[3] = x.w;
+    }
+  }
+  // And of P.
+  __device__ __forceinline__ float2* total_place() const {
+    return reinterpret_cast<float2*>(buffer_ + C::kBufferColumns / 8 * 4 * kWarpgroup);
   }
 
   // Sum of P over the group.
@@ -507,7 +515,7 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       // 0, or NaN.
-      poison[h] = poison_ >> h & 1 ? NAN : query_scale_[h] * 0.f;
+      poison[h] = poison_ >> h & 1 ? NAN : C::kSumsExactly ? 0.f : query_scale_[h] * 0.f;
       if constexpr (C::kHasLse) {
         sum[h] = sum_[h];
         shift[h] = lse_shift_[h];
@@ -533,8 +541,7 @@ class Consumer {
     float old[2], inverse[2], sum[2];
     bool attends[2];
     float2 total = make_float2(0, 0);
-    if (buffer_is_used_)
-      total = *reinterpret_cast<const float2*>(buffer_ + C::kWidth / 8 * 4 * kWarpgroup);
+    if (buffer_is_used_) total = *total_place();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], top[h]);
@@ -543,7 +550,7 @@ class Consumer {
       if constexpr (C::kSumsExactly) {
         lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 1);
         lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 2);
-        poison[h] = lse_sum[h] * 0.f;
+        poison[h] += lse_sum[h] * 0.f;
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
       sum[h] = group_sum(h);
@@ -556,8 +563,10 @@ class Consumer {
       if (p_.lse != nullptr && quad_ == 0) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
+          // What the biases of a row that has only the least would be as logits of base 2.
+          const float largest = fmaxf(top[h] * kUnit, -kLargestFloat);
           const float lse =
-              (top[h] - kOffset + __log2f(lse_sum[h])) * 0.6931471805599453f + lse_shift[h];
+              (largest - kOffset + __log2f(lse_sum[h])) * 0.6931471805599453f + lse_shift[h];
           store_lse(p_, place, h, attends[h] ? lse : -INFINITY);
         }
       }
@@ -572,7 +581,7 @@ class Consumer {
         const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
         float4 y = {shift.x * sum[0], shift.y * sum[0], shift.x * sum[1], shift.y * sum[1]};
         if (buffer_is_used_) {
-          const float4 before = *reinterpret_cast<const float4*>(buffer_ + j * 4 * kWarpgroup);
+          const float4 before = sums(j);
           y = {fmaf(before.x, old[0], y.x), fmaf(before.y, old[0], y.y),
                fmaf(before.z, old[1], y.z), fmaf(before.w, old[1], y.w)};
         }
@@ -593,7 +602,9 @@ class Consumer {
   }
 
   using ValueProduct = Values<C::kOutputColumns>;
-  static constexpr int kScores = Scores<kKeys>::kRegisters;
+  static constexpr int kScores = Scores<C::kKeys>::kRegisters;
+  // Of maxima, in base-2 logits.
+  static constexpr float kUnit = C::kHasMask ? kMaskedUnit : 1.f;
 
   const AttentionParams& p_;
   uint8_t* const shared_;
@@ -601,7 +612,7 @@ class Consumer {
   const Barriers<C> barriers_;
   const Work* const works_;
   const int warpgroup_, lane_, row_in_block_, quad_;
-  float* const buffer_;  // sums of finished groups of V, then of P, relative to buffer_max_
+  float* const buffer_;  // of finished groups: sums of P V, then of P, relative to buffer_max_
 
   unsigned count_ = 0;        // steps of K and V before this piece of work
   unsigned group_count_ = 0;  // groups of V whose scales were taken
@@ -615,8 +626,10 @@ class Consumer {
   bool buffer_is_used_;
   int accumulates_;
   int s_[kScores];
-  uint32_t p8_[kKeys / 8];
+  uint32_t p8_[C::kKeys / 8];
   uint32_t o_[ValueProduct::kRegisters];
+  float sums_[C::kSumRegisters > 0 ? C::kSumRegisters : 1];  // what buffer_ has no room for
+  MaskTile<C> mask_;
 };
 
 }  // namespace torch_sage::sm90

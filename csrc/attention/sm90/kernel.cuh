@@ -1,4 +1,4 @@
-// The attention kernel: persistent blocks of one producer and kConsumers consumer warpgroups.
+// The attention kernel: persistent blocks of one producer and two or three consumer warpgroups.
 //
 // INT8 Q K^T with both operands in shared memory; P, as E4M3, stays in the registers in which the
 // scores arrive; E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32
@@ -12,7 +12,7 @@
 namespace torch_sage::sm90 {
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     attention_kernel(const __grid_constant__ AttentionParams p,
                      const __grid_constant__ Schedule s) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -23,27 +23,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; stage++) {
       barrier_init(barriers.key_full(stage), 1);
-      barrier_init(barriers.key_empty(stage), kConsumers * 4);
+      barrier_init(barriers.key_empty(stage), C::kConsumers * 4);
       barrier_init(barriers.value_full(stage), 1);
-      barrier_init(barriers.value_empty(stage), kConsumers * 4);
+      barrier_init(barriers.value_empty(stage), C::kConsumers * 4);
     }
     for (int slot = 0; slot < 2; slot++) {
       barrier_init(barriers.query_full(slot), kQueryThreads);
-      barrier_init(barriers.query_empty(slot), kConsumers * 4);
+      barrier_init(barriers.query_empty(slot), C::kConsumers * 4);
       barrier_init(barriers.work_ready(slot), 1);
     }
     fence_barriers();
   }
   // The rows of ones behind every panel of V; copies never touch them.
-  constexpr int kPanels = kStages * kKeys / kKeyTile, kOnesWords = 8 * kKeyTile / 4;
-  for (int i = threadIdx.x; i < kPanels * kOnesWords; i += kThreads)
+  constexpr int kPanels = kStages * C::kKeys / kKeyTile, kOnesWords = 8 * kKeyTile / 4;
+  for (int i = threadIdx.x; i < kPanels * kOnesWords; i += C::kThreads)
     reinterpret_cast<uint32_t*>(shared + C::kValueAt + i / kOnesWords * C::kPanelBytes +
                                 C::kWidth * kKeyTile)[i % kOnesWords] = kOneCodes;
   fence_async_proxy();
   __syncthreads();
-  if (threadIdx.x >= kConsumers * kWarpgroup) {
+  if (threadIdx.x >= C::kConsumers * kWarpgroup) {
     give_registers<C::kProducerRegisters>();
-    const int thread = threadIdx.x - kConsumers * kWarpgroup;
+    const int thread = threadIdx.x - C::kConsumers * kWarpgroup;
     if (thread == 0) {
       fetch_keys_and_values<C>(p, base, barriers, work);
     } else if (thread >= 32) {
@@ -79,7 +79,7 @@ void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStrea
   overlap.val.programmaticStreamSerializationAllowed = params.follows_prepare;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(schedule.total < multiprocessors ? schedule.total : multiprocessors);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = stream;
   config.attrs = &overlap;

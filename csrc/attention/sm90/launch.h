@@ -7,11 +7,15 @@ namespace torch_sage::sm90 {
 
 void launch_mixed_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_mixed_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_mixed_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_part_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_part_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_part_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_exact_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_exact_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_exact_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_masked_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_masked_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_masked_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 
 }  // namespace torch_sage::sm90

@@ -31,6 +31,7 @@ struct AttentionParams {
   MaskKind mask_kind;
   const void* mask;
   int64_t mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_m;
+  bool mask_is_dense;  // elements of a row are adjacent, rows aligned to 16 bytes
 
   void* output;  // [b, h_q, n, head_dim_v], last dimension dense
   Rows output_rows;

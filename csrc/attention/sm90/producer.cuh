@@ -35,15 +35,15 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
       copy_to_shared(base + C::kKeyAt + stage * C::kKeyBytes,
                      keys + static_cast<int64_t>(step) * C::kKeyBytes, C::kKeyBytes,
                      barriers.key_full(stage));
-      copy_to_shared(base + C::kKeyScaleAt + stage * 16, key_scales + step * 4, 16,
-                     barriers.key_full(stage));
+      copy_to_shared(base + C::kKeyScaleAt + stage * 16,
+                     key_scales + step * C::kKeys / kKeyBlock128 * 4, 16, barriers.key_full(stage));
       const bool starts_group =
-          step == work.steps - 1 || step % kStepsPerGroup == kStepsPerGroup - 1;
+          step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
       barrier_expect(barriers.value_full(stage),
-                     kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
+                     C::kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
       if (starts_group) {
-        const int64_t group = step / kStepsPerGroup;
+        const int64_t group = step / C::kStepsPerGroup;
         const uint32_t slot =
             base + C::kValueScaleAt + group_count % C::kScaleSlots * 2 * kScaleBytes;
         copy_to_shared(slot, value_scales + group * C::kWidth, kScaleBytes,
@@ -53,11 +53,12 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
         group_count++;
       }
 #pragma unroll
-      for (int panel = 0; panel < kKeys / kKeyTile; panel++) {
+      for (int panel = 0; panel < C::kKeys / kKeyTile; panel++) {
         constexpr int kBytes = kKeyTile * C::kWidth;
-        copy_to_shared(base + C::kValueAt + stage * C::kValueBytes + panel * C::kPanelBytes,
-                       values + (static_cast<int64_t>(step) * (kKeys / kKeyTile) + panel) * kBytes,
-                       kBytes, barriers.value_full(stage));
+        copy_to_shared(
+            base + C::kValueAt + stage * C::kValueBytes + panel * C::kPanelBytes,
+            values + (static_cast<int64_t>(step) * (C::kKeys / kKeyTile) + panel) * kBytes, kBytes,
+            barriers.value_full(stage));
       }
     }
   }
@@ -85,8 +86,9 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
                                                     uint8_t* codes, float* scales, float* shifts,
                                                     int thread) {
   constexpr int kBytes = kIsWide ? 4 : 2;
-  constexpr int kChunks = 2;                       // of 8 columns, per thread
+  constexpr int kChunks = C::kIsWide ? 1 : 2;      // of 8 columns, per thread
   constexpr int kLanes = C::kWidth / 8 / kChunks;  // threads of a row
+  static_assert(C::kRows % (32 / kLanes) == 0);    // warps leave the loop as one
   constexpr int kStride = kQueryThreads / kLanes;
   const int part = thread % kLanes;
   const char* rows = static_cast<const char*>(p.query) +
@@ -95,7 +97,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
                          kBytes;
   const int64_t row_bytes = p.query_rows.stride_n * kBytes;
   const float* mean = p.kv.key_mean + key_head(p, work.sequence, work.head) * p.key_mean_columns;
-  const int valid_rows = min(kRows, work.rows - work.first_row);
+  const int valid_rows = min(C::kRows, work.rows - work.first_row);
   const auto load = [&](Eight<kIsWide>& x, int row, int chunk) {
     x.load(rows + row * row_bytes + chunk * kLanes * 8 * kBytes,
            row < valid_rows && (chunk * kLanes + part) * 8 < p.head_dim);
@@ -119,7 +121,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   };
   fetch_next(thread / kLanes);
 #pragma unroll 1
-  for (int row = thread / kLanes; row < kRows; row += kStride) {
+  for (int row = thread / kLanes; row < C::kRows; row += kStride) {
     if constexpr (!kIsWide) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) x[c] = next[c];
@@ -150,9 +152,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
         packed[i] = pack_s8(__fmul_rn(low.x, factor), __fmul_rn(low.y, factor),
                             pack_s8(__fmul_rn(high.x, factor), __fmul_rn(high.y, factor), 0));
       }
-      const int column = (c * kLanes + part) * 8, chunk = column >> 4;
-      const int place = swizzled<C::kWidth>(chunk, row);
-      *reinterpret_cast<uint2*>(codes + row * C::kWidth + place * 16 + (column & 8)) =
+      *reinterpret_cast<uint2*>(codes + image_place<C::kWidth>(row, (c * kLanes + part) * 8)) =
           make_uint2(packed[0], packed[1]);
     }
     if constexpr (C::kHasLse) {
@@ -163,16 +163,17 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   }
 }
 
-// Copies codes and scales of one piece of work that prepare_kv made; they arrive at the barrier.
+// Copies codes and scales of one piece of work that prepare_kv made, padded to whole blocks of
+// kQueryBlock rows; they arrive at the barrier.
 template <class C>
 __device__ __forceinline__ void fetch_queries(const AttentionParams& p, const Work& work,
                                               uint32_t codes, uint32_t scales, uint32_t barrier) {
-  constexpr int kBytes = kRows * C::kWidth, kScaleBytes = kRows * 4;
+  const int rows = min(C::kRows, static_cast<int>(p.prepared_query.rows) - work.first_row);
   const int64_t head = static_cast<int64_t>(work.batch) * p.heads_q + work.head;
   const int64_t row = head * p.prepared_query.rows + work.first_row;
-  barrier_expect(barrier, kBytes + kScaleBytes);
-  copy_to_shared(codes, p.prepared_query.codes + row * C::kWidth, kBytes, barrier);
-  copy_to_shared(scales, p.prepared_query.scales + row, kScaleBytes, barrier);
+  barrier_expect(barrier, rows * (C::kWidth + 4));
+  copy_to_shared(codes, p.prepared_query.codes + row * C::kWidth, rows * C::kWidth, barrier);
+  copy_to_shared(scales, p.prepared_query.scales + row, rows * 4, barrier);
 }
 
 template <class C>
@@ -198,8 +199,9 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
     if (p.prepared_query.codes != nullptr) {
       if (i == 0) wait_for_previous_kernel();
       if (thread == 0) {
-        fetch_queries<C>(p, work, shared_address(shared + C::kQueryAt + slot * kRows * C::kWidth),
-                         shared_address(shared + C::kQueryScaleAt + slot * kRows * 4),
+        fetch_queries<C>(p, work,
+                         shared_address(shared + C::kQueryAt + slot * C::kRows * C::kWidth),
+                         shared_address(shared + C::kQueryScaleAt + slot * C::kRows * 4),
                          barriers.query_full(slot));
       } else {
         barrier_arrive(barriers.query_full(slot));
@@ -209,9 +211,9 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
     if constexpr (C::kHasLse) {  // reads the mean of K
       if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
     }
-    uint8_t* codes = shared + C::kQueryAt + slot * kRows * C::kWidth;
-    float* scales = reinterpret_cast<float*>(shared + C::kQueryScaleAt) + slot * kRows;
-    float* shifts = reinterpret_cast<float*>(shared + C::kQueryShiftAt) + slot * kRows;
+    uint8_t* codes = shared + C::kQueryAt + slot * C::kRows * C::kWidth;
+    float* scales = reinterpret_cast<float*>(shared + C::kQueryScaleAt) + slot * C::kRows;
+    float* shifts = reinterpret_cast<float*>(shared + C::kQueryShiftAt) + slot * C::kRows;
     if (p.dtype == Dtype::kFloat32) {
       quantize_query_rows<C, true>(p, work, codes, scales, shifts, thread);
     } else {

@@ -77,6 +77,31 @@ __device__ __forceinline__ int swizzled(int chunk, int row) {
   return kRowBytes == 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
 }
 
+// Bytes of a row that a swizzle spans. Rows of an image that are wider are cut into pieces, which
+// lie one behind the other: [pieces, kImageRows, kPieceBytes].
+template <int kWidth>
+constexpr int kPieceBytes = kWidth < 128 ? kWidth : 128;
+constexpr int kImageRows = 64;
+
+// Where in a row of images the codes from `column` on, a multiple of 8, of a row lie.
+template <int kWidth>
+__device__ __forceinline__ int image_place(int row, int column) {
+  constexpr int kPiece = kPieceBytes<kWidth>;
+  const int in_piece = swizzled<kPiece>(column % kPiece / 16, row) * 16 + column % 16;
+  if constexpr (kWidth == kPiece) {
+    return row * kWidth + in_piece;
+  } else {
+    return row / kImageRows * (kImageRows * kWidth) + column / kPiece * (kImageRows * kPiece) +
+           row % kImageRows * kPiece + in_piece;
+  }
+}
+// What is added to the descriptor of an image for its columns from 32 `step` on.
+template <int kWidth>
+__device__ __forceinline__ constexpr uint64_t column_step(int step) {
+  constexpr int kPiece = kPieceBytes<kWidth>, kSteps = kPiece / 32;
+  return step / kSteps * (kImageRows * kPiece >> 4) + step % kSteps * 2;
+}
+
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));

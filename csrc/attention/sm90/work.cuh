@@ -19,7 +19,7 @@ struct Schedule {
 // As one warp finds it and all threads read it from shared memory; divisions are slow. The sequence
 // is a batch entry, or one of those that are packed, all of which are batch entry 0.
 struct alignas(16) Work {
-  int steps;  // of kKeys keys, the last one first; 0: there is no more work
+  int steps;  // of C::kKeys keys, the last one first; 0: there is no more work
   int batch, head;
   int sequence;
   int first_row;  // in the sequence, as are the next ones
@@ -34,9 +34,10 @@ __device__ __forceinline__ int last_key(const Work& work, int row) {
   return min(work.keys - 1, row + work.last_key_offset);
 }
 // Steps needed by rows up to `row`; at least one, in which everything may be hidden.
+template <class C>
 __device__ __forceinline__ int steps_until(const Work& work, int row) {
   const int last = last_key(work, row);
-  return last < kKeys ? 1 : last / kKeys + 1;
+  return last < C::kKeys ? 1 : last / C::kKeys + 1;
 }
 
 // A unit beyond the sequence that it would belong to has a first_row outside it.
@@ -83,7 +84,7 @@ __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedu
     // Rows without keys have their result already.
     if (work.first_row < 0 || work.first_row >= work.rows || work.keys == 0) return work;
   }
-  work.steps = steps_until(work, min(work.first_row + C::kRows, work.rows) - 1);
+  work.steps = steps_until<C>(work, min(work.first_row + C::kRows, work.rows) - 1);
   return work;
 }
 

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 
@@ -19,6 +20,7 @@
 #include "quantize/cuda/prepared.h"
 #include "quantize/cuda/rotary.cuh"
 #include "quantize/cuda/rules.cuh"
+#include "quantize/cuda/unattended.cuh"
 #include "quantize/cuda/words.cuh"
 
 namespace torch_sage {
@@ -26,7 +28,8 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 256;
+template <int kWidth>
+constexpr int kThreads = kWidth > 128 ? 512 : 256;
 constexpr int kSamples = 32;
 
 // Eight adjacent elements, as the words they came in.
@@ -109,7 +112,7 @@ __host__ __device__ int query_blocks(const PrepareParams& p) {
 // Codes and scales of some rows of a query, which are normed and rotated first.
 template <Pairing kPairing, int kWidth, typename Element>
 __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index) {
-  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads / kLanes;
+  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads<kWidth> / kLanes;
   const QueryParams& q = p.query;
   if (index >= query_blocks(p)) return;
   // Blocks that run together share rows, and so the tables in the cache.
@@ -149,9 +152,8 @@ __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index)
       for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[h][c], inverse);
       const int64_t at = (static_cast<int64_t>(batch) * q.heads + head) * q.prepared.rows + row;
       if (column == 0) q.prepared.scales[at] = __fmul_rn(scale.scale, fabsf(q.scale) * kLog2E);
-      *reinterpret_cast<uint2*>(q.prepared.codes + at * kWidth +
-                                sm90::swizzled<kWidth>(column / 16, row) * 16 + column % 16) =
-          codes_of(scaled);
+      *reinterpret_cast<uint2*>(q.prepared.codes + (at - row) * kWidth +
+                                sm90::image_place<kWidth>(row, column)) = codes_of(scaled);
     }
   }
 }
@@ -183,23 +185,28 @@ __device__ __forceinline__ float fold_16_lanes(float (&x)[8], int lane, Fold fol
 
 // Tokens of a block: so many that a thread has the same number of elements at any width.
 template <int kWidth>
-constexpr int kTokens = kKeyBlock128 * 128 / kWidth;
+constexpr int kTokens = kThreads<kWidth> * 64 / kWidth;
 template <int kWidth>
 constexpr int kBlocks = kValueGroup / kTokens<kWidth>;
 
-// Warps that share the tokens of a group in a channel of V.
+// Warps that share the tokens of a block in a channel of V, and those of a group.
 template <int kWidth>
-constexpr int kShares = kBlocks<kWidth> * (128 / kWidth);
+constexpr int kShares = kThreads<kWidth> / 32 / (kWidth / 16);
+template <int kWidth>
+constexpr int kAllShares = kBlocks<kWidth> * kShares<kWidth>;
 
 template <int kWidth>
 struct Shared {
-  float samples[kThreads / (kWidth / 8)][kWidth];  // of K: partial sums
+  union {
+    float samples[kThreads<kWidth> / (kWidth / 8)][kWidth];  // of K: partial sums
+    float error[kAllShares<kWidth>][kWidth];                 // of V, later
+  };
   float key_mean[kWidth];
   uint32_t key_amax[kTokens<kWidth> / kKeyBlock128][4];
   // What every block of the cluster has written, here: nobody reads another's memory, so that a
   // block may leave as soon as it has written.
-  float sum[kShares<kWidth>][kWidth], low[kShares<kWidth>][kWidth], high[kShares<kWidth>][kWidth];
-  float error[kShares<kWidth>][kWidth];
+  float sum[kAllShares<kWidth>][kWidth], low[kAllShares<kWidth>][kWidth];
+  float high[kAllShares<kWidth>][kWidth];
   float center[kWidth];
   float scale[kWidth], inverse[kWidth];
 };
@@ -237,9 +244,10 @@ __device__ __forceinline__ Group find_group(const PrepareParams& p, int cluster)
 }
 
 template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked>
-__global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWidth <= 128 ? 2 : 1)
     prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
   constexpr int kTokens = torch_sage::kTokens<kWidth>, kBlocks = torch_sage::kBlocks<kWidth>;
+  constexpr int kThreads = torch_sage::kThreads<kWidth>, kShares = torch_sage::kShares<kWidth>;
   constexpr int kLanes = kWidth / 8;  // threads that share a row of K
   constexpr int kRowsAtOnce = kThreads / kLanes;
   constexpr int kRounds = kTokens / kRowsAtOnce;
@@ -260,6 +268,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   cg::cluster_group cluster = cg::this_cluster();
   const int cluster_blocks = kIsPacked ? static_cast<int>(cluster.num_blocks()) : kBlocks;
   const int rank = cluster.block_rank();
+  if constexpr (kIsPacked) {
+    const int of_keys = static_cast<int>(p.kv.groups) * cluster_blocks * p.heads;
+    if (blockIdx.x >= of_keys) {  // whole clusters
+      fill_unattended<kThreads, Element>(p.packed_output, p.kv.packed, blockIdx.x - of_keys);
+      return;
+    }
+  }
   const Group group = find_group<kIsPacked>(p, blockIdx.x / cluster_blocks);
   const int seqlen = group.seqlen;
   const int count = min(kValueGroup, seqlen - group.number * kValueGroup);  // keys of the group
@@ -305,14 +320,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     return (first_panel + panel) * kKeyTile + quad / 4 * 16 + quad % 4 * 2 + (i & 1) + (i & 2) * 4;
   };
   Vector8<Element> v[kPanels][4];
+  const auto load_values = [&] {
 #pragma unroll
-  for (int panel = 0; panel < kPanels; panel++)
+    for (int panel = 0; panel < kPanels; panel++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = value_row(panel, i);
-      v[panel][i].load(value + (first + row) * p.value_stride_n + value_column,
-                       value_column < p.head_dim_v && row < valid);
-    }
+      for (int i = 0; i < 4; i++) {
+        const int row = value_row(panel, i);
+        v[panel][i].load(value + (first + row) * p.value_stride_n + value_column,
+                         value_column < p.head_dim_v && row < valid);
+      }
+  };
+  // A thread of 512 has no registers for fp32 K and V together.
+  constexpr bool kLoadsLate = kThreads == 512 && sizeof(Element) == 4;
+  if constexpr (!kLoadsLate) load_values();
 
 #pragma unroll
   for (int i = 0; i < kRounds; i++) rotate_key(k[i], first + i * kRowsAtOnce + key_row);
@@ -363,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
       for (int c = 0; c < 8; c++) amax = larger_of(amax, fabsf(k[i][c] - mean[c]));
     }
     uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
-    if constexpr (kLanes == 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
+    if constexpr (kLanes >= 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
 #pragma unroll
     for (int step = 8; step >= 1; step >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, step));
     if (lane % 16 == 0) atomicMax(&shared.key_amax[part][scale_index], bits);
@@ -390,15 +410,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
     for (int c = 0; c < 8; c++) x[c] = __fmul_rn(k[i][c] - mean[c], inverse_of_key);
     uint2 codes = codes_of(x);
     if (row >= valid) codes = make_uint2(0, 0);
-    const int chunk = key_column / 16;
-    const int place = sm90::swizzled<kWidth>(chunk, row);
     if (first / kKeyTile + row / kKeyTile < tiles)
-      *reinterpret_cast<uint2*>(key_image + row * kWidth + place * 16 + key_column % 16) = codes;
+      *reinterpret_cast<uint2*>(key_image + sm90::image_place<kWidth>(row, key_column)) = codes;
   }
+  if constexpr (kLoadsLate) load_values();
 
   // Sum and extremes of V, where NaN passes through all of them.
   const int owned_column = value_column + lane % 8;
-  const int share = rank * (128 / kWidth) + warp / kPairs;
+  const int share = rank * kShares + warp / kPairs;
   {
     float sum[8] = {}, low[8], high[8];
 #pragma unroll
@@ -434,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
   cluster.sync();
 
   const int64_t group_at = (group.first_group + group.number) * kWidth;
-  const int shares = blocks * (128 / kWidth);
+  const int shares = blocks * kShares;
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
 #pragma unroll
@@ -502,18 +521,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) == 2 ? 2 : 1)
 
 template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked = false>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  int cluster = kBlocks<kWidth>;
-  if constexpr (kIsPacked)
-    cluster = std::min(cluster, (p.kv.packed.longest + kTokens<kWidth> - 1) / kTokens<kWidth>);
+  unsigned cluster = kBlocks<kWidth>;
+  if constexpr (kIsPacked) {
+    const unsigned longest = p.kv.packed.longest;
+    cluster = std::min(cluster, std::bit_ceil((longest + kTokens<kWidth> - 1) / kTokens<kWidth>));
+  }
+  const auto whole_clusters = [&](int64_t blocks) {
+    return (blocks + cluster - 1) / cluster * cluster;
+  };
   int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
-  if constexpr (kPairing != Pairing::kNone)
-    grid += (query_blocks(p) + cluster - 1) / cluster * cluster;
+  if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
+  if constexpr (kIsPacked)
+    grid +=
+        whole_clusters((p.packed_output.queries.rows + kThreads<kWidth> - 1) / kThreads<kWidth>);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kThreads<kWidth>);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -527,7 +553,7 @@ template <int kWidth, typename Element>
 void launch(const PrepareParams& p, cudaStream_t stream) {
   if (p.kv.packed.starts != nullptr)  // which nobody rotates
     return launch<kWidth, Element, Pairing::kNone, true>(p, stream);
-  if constexpr (sizeof(Element) == 4) {  // nor fp32
+  if constexpr (sizeof(Element) == 4 || kWidth > 128) {  // nor these
     return launch<kWidth, Element, Pairing::kNone>(p, stream);
   } else {
     switch (p.key_rotary.pairing) {
@@ -556,10 +582,13 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_prepare_kv(const PrepareParams& p, cudaStream_t stream) {
-  if (p.kv.width == 64) {
-    launch<64>(p, stream);
-  } else {
-    launch<128>(p, stream);
+  switch (p.kv.width) {
+    case 64:
+      return launch<64>(p, stream);
+    case 128:
+      return launch<128>(p, stream);
+    default:
+      return launch<256>(p, stream);
   }
 }
 

@@ -16,16 +16,17 @@ constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) 
 constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
 constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
 
-// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64 or 128. Packed
-// sequences are one batch entry, in which each begins with a block of 128 keys and a group of 1024
-// of its own.
+// All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64, 128 or 256.
+// Packed sequences are one batch entry, in which each begins with a block of 128 keys and a group
+// of 1024 of its own.
 struct PreparedKv {
   int seqlen;
   int width;
   Packed packed;   // the keys of sequences, if they are packed
   int64_t tiles;   // of 64 keys, an even number
   int64_t groups;  // of 1024 keys
-  // Images [64 keys, width] of int8, 16-byte chunks of a row permuted as wgmma's swizzle wants.
+  // Images [64 keys, width] of int8, 16-byte chunks of a row permuted as wgmma's swizzle wants; of
+  // 256 channels, two of 128, one behind the other.
   int8_t* key_codes;
   float* key_scales;  // [blocks of 128 keys, 4]
   float* key_mean;    // [head_dim], per sequence
@@ -38,7 +39,7 @@ struct PreparedKv {
   float* value_shift;
 };
 
-constexpr int kQueryBlock = 192;  // query rows of a piece of the attention kernel's work
+constexpr int kQueryBlock = 192;  // rows: the most of a piece of the attention kernel's work
 
 // A query as the attention kernel quantizes it otherwise, rows padded to whole blocks with zeros.
 struct PreparedQuery {
@@ -57,6 +58,15 @@ struct QueryParams {
   PreparedQuery prepared;
 };
 
+// The output of packed sequences, some of whose rows prepare_kv fills: attention comes to no
+// others.
+struct PackedOutput {
+  Packed queries;
+  int heads, row_elements;
+  void* output;  // [rows, row_elements], of the dtype of key
+  float* lse;    // [heads, rows]; may be null
+};
+
 struct PrepareParams {
   int batch, heads, head_dim, head_dim_v;  // the latter two multiples of 8
   int key_mean_columns;                    // head_dim before it was padded
@@ -69,7 +79,8 @@ struct PrepareParams {
   QueryParams query;
   bool smooth_key, smooth_value;
   PreparedKv kv;
-  int* work_counter;  // set to zero for the attention kernel; may be null
+  PackedOutput packed_output;  // if kv is of packed sequences
+  int* work_counter;           // set to zero for the attention kernel; may be null
 };
 
 void launch_prepare_kv(const PrepareParams& params, cudaStream_t stream);
