@@ -11,13 +11,14 @@ from torch._subclasses import FakeTensorMode
 
 import torch_sage
 from tests.csrc.isas import run_python
-from torch_sage import SageConfig, crossover, devices, ops
+from torch_sage import SageConfig, _extension, crossover, devices, ops
 from torch_sage.config import PRESETS
 from torch_sage.crossover import Crossover, Rule, prefers_exact
 from torch_sage.distributed.call import accept
 from torch_sage.ops import gpu
 from torch_sage.ops.dispatch import why_not
 from torch_sage.recipes import SUPPORT
+from torch_sage.varlen import choose_recipe
 
 ALWAYS = SageConfig(dispatch="always")
 WHOLE = ("sdpa", "sdpa_with_lse", "varlen_sdpa", "varlen_sdpa_with_lse")
@@ -136,6 +137,25 @@ def test_triton_is_asked_for_only_where_it_runs(
     (reason,) = why_not(*fakes(), config=token)
     assert reason.code == "device_unsupported"
     assert reason.message == "triton must be installed for attention on cuda"
+
+
+def test_packed_sequences_run_by_triton_where_no_other_kernel_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_extension, "cuda_gpus", dict)
+    monkeypatch.setattr(devices, "capability", lambda index: (8, 6))
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    gpu._lack.cache_clear()
+    with FakeTensorMode():
+        query = torch.empty(10, 2, 200, dtype=torch.float16, device="cuda")
+    recipe, reasons = choose_recipe(query, query, SageConfig())
+    assert reasons == () and recipe is not None
+    assert recipe.name == "int8.token_block/fp16/smooth-k"
+    gpu._lack.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    recipe, (reason,) = choose_recipe(query, query, SageConfig())
+    assert recipe is None and reason.message == "triton must be installed for attention on cuda"
+    gpu._lack.cache_clear()
 
 
 @pytest.mark.parametrize(
