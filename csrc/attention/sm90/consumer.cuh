@@ -13,10 +13,6 @@
 
 namespace torch_sage::sm90 {
 
-// E4M3 has 8 codes to a power of two; code 56 is 1. A row's own maximum is a whole code, which must
-// not be truncated to the one below for an ulp: the heaviest key would lose 6 %.
-constexpr float kLinearOne = 56.f + 0x1p-14f;
-
 // Scores of a step that are hidden count as this in the integer maximum.
 constexpr int kHiddenScore = -(1 << 30);
 
@@ -312,7 +308,7 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       exact[h] = kOffset - (max_[h] == -INFINITY ? 0.f : max_[h]);
-      linear[h] = 8.f * exact[h] + kLinearOne;
+      linear[h] = 8.f * exact[h] + kCodeOfOne;  // E4M3 has 8 codes to a power of two
       slope[h] = 8.f * scale[h];
     }
 #pragma unroll
