@@ -42,7 +42,6 @@ FILES = {
         "tests/gpu/test_varlen.py",
     ),
 }
-PACKED = "packed sequences of different lengths"
 FEATURES = {
     "masks, causal both ways, grouped heads, head_dim 1 to the largest, any lengths, strides, LSE, "
     "scale of any sign, empty sizes, granularities, smoothing": "test_attention_is_within_budget",
@@ -55,7 +54,7 @@ FEATURES = {
     "CUDA graphs": "test_cuda_graph_replays_new_inputs",
     "torch.compile, dynamic shapes": "test_compiled_models_use_the_op|test_fullgraph",
     "autocast": "test_autocast.*",
-    PACKED: "test_every_sequence_has_the_bits_of_a_call_alone",
+    "packed sequences of different lengths": "test_every_sequence_has_the_bits_of_a_call_alone",
     "vmap": "test_vmap.*",
     "schemas and fakes": "test_opcheck.*",
 }

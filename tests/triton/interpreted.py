@@ -45,7 +45,15 @@ def test_attention_is_within_budget(case: AttentionCase) -> None:
     given = arguments(case, inputs, "fp16")
     output, lse = triton_ops.sdpa_with_lse(**given)
     assert_within_budget(output, expected(case, inputs, "fp16", "cpu"), lse=lse)
-    assert same_bits(triton_ops.sdpa(**given), output)
+
+
+@pytest.mark.parametrize(
+    ("mask", "causal"), [("none", "none"), ("none", "bottom_right"), ("float_inf", "none")]
+)
+def test_the_output_is_the_same_without_its_lse(mask: str, causal: str) -> None:
+    case = AttentionCase(mask=mask, causal=causal, smooth="qkv")
+    given = arguments(case, make_inputs(case), "fp16")
+    assert same_bits(triton_ops.sdpa(**given), triton_ops.sdpa_with_lse(**given)[0])
 
 
 def random_rows(dtype: torch.dtype, rows: int, channels: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.numerics import same_bits
 from tests.varlen import Packed, one_by_one
 from torch_sage.ops import gpu
-from torch_sage.ops.triton_packed import find_tile, span_of
+from torch_sage.ops.triton_packed import UNSPECIALIZED, find_tile
 
 # By name, as the dispatcher calls them where the library has no kernel.
 WITH_LSE = gpu._kernel("varlen_sdpa_with_lse")
@@ -31,13 +31,14 @@ def assert_one_by_one(packed: Packed, causal: str, scale: float | None, **format
         assert same_bits(got, right)
 
 
-@triton.jit
+# A number that is always the same would be compiled in: not so in the kernels, nor here.
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _find_kernel(starts, asked, found, units, rows, count, longest, SIZE: tl.constexpr):
     at = tl.program_id(0)
-    sequence, tile = find_tile(
-        0, tl.load(asked + at), units, rows, starts, count, longest, SIZE, True
+    unit = tl.load(asked + at)
+    sequence, tile, first, length = find_tile(
+        unit, 1, units, rows, starts, count, longest, SIZE, True
     )
-    first, length = span_of(starts, sequence, rows, longest, True)
     tl.store(found + 4 * at, sequence)
     tl.store(found + 4 * at + 1, tile)
     tl.store(found + 4 * at + 2, first)

@@ -291,13 +291,12 @@ def _attention_kernel(
     # Tiles of one head are neighbours, so that they share its keys in the L2 cache; the tiles that
     # see most keys start first.
     head = (tl.program_id(0) // units).to(tl.int64)
-    unit = units - 1 - tl.program_id(0) % units
+    index = (tl.program_id(0) // units + 1) * units - 1 - tl.program_id(0) % units
     batch, head_q = head // heads, head % heads
     head_kv = head_q // (heads // heads_kv)
-    sequence, tile = find_tile(
-        batch, unit, units, rows_q, starts_q, count, longest_q, BLOCK_N, PACKED
+    sequence, tile, first_q, seqlen_q = find_tile(
+        index, heads, units, rows_q, starts_q, count, longest_q, BLOCK_N, PACKED
     )
-    first_q, seqlen_q = span_of(starts_q, sequence, rows_q, longest_q, PACKED)
     first_k, seqlen_k = span_of(starts_k, sequence, rows_k, longest_k, PACKED)
     if PACKED:
         # Nothing to do for a tile that is none.

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_sage.ops import triton_packed
-from torch_sage.ops.triton_packed import Packed, find_tile, span_of
+from torch_sage.ops.triton_packed import Packed, find_tile
 from torch_sage.ops.triton_quantize import TILE_ROWS, launch_options
 from torch_sage.ops.triton_statistics import ordered_sum, padded
 
@@ -41,10 +41,9 @@ def _dot_kernel(
 ):
     head = (tl.program_id(0) // units).to(tl.int64)
     batch, index = head // heads, head % heads
-    sequence, tile = find_tile(
-        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
+    sequence, tile, first, length = find_tile(
+        tl.program_id(0), heads, units, rows, starts, count, longest, TILE, PACKED
     )
-    first, length = span_of(starts, sequence, rows, longest, PACKED)
     head_x = index // (heads // heads_x)
     head_vector = index // (heads // heads_vector)
     row = tile * TILE + tl.arange(0, TILE)

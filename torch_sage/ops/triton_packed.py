@@ -48,15 +48,6 @@ def arguments(packed: Packed | None, unused: Tensor) -> tuple[Any, ...]:
 
 
 @triton.jit
-def first_unit(first, sequence, SIZE: tl.constexpr, PACKED: tl.constexpr):
-    """Return the number of the unit in which a sequence begins."""
-    if PACKED:
-        return first // SIZE + sequence
-    else:
-        return first
-
-
-@triton.jit
 def span_of(starts, sequence, rows, longest, PACKED: tl.constexpr):
     """Return the first row and the number of rows, inside the tensor whatever ``starts`` holds."""
     if PACKED:
@@ -65,6 +56,25 @@ def span_of(starts, sequence, rows, longest, PACKED: tl.constexpr):
         return first.to(tl.int64), tl.minimum(end - first, longest)
     else:
         return tl.full([], 0, tl.int64), rows
+
+
+@triton.jit
+def find_tile(
+    index, heads, units, rows, starts, count, longest, SIZE: tl.constexpr, PACKED: tl.constexpr
+):
+    """Return what unit ``index`` of all heads works for.
+
+    That is a sequence, a tile of SIZE rows in it, and the sequence's first row and rows. A unit
+    that nobody needs has a tile behind its sequence.
+    """
+    if PACKED:
+        unit = index % units
+        sequence = _find_sequence(starts, count, unit, rows, SIZE)
+        first, length = span_of(starts, sequence, rows, longest, True)
+        tile = unit - (first // SIZE + sequence).to(tl.int32)
+        return sequence, tl.where(tile < 0, units, tile), first, length
+    else:
+        return index // units // heads, index % units, tl.full([], 0, tl.int64), rows
 
 
 @triton.jit
@@ -81,28 +91,3 @@ def _find_sequence(starts, count, unit, rows, SIZE: tl.constexpr):
         low += tl.maximum(tl.sum(is_before.to(tl.int32)) - 1, 0) * step
         rest = tl.minimum(step, count - low)
     return low
-
-
-@triton.jit
-def find_tile(
-    batch,
-    unit,
-    units,
-    rows,
-    starts,
-    count,
-    longest,
-    SIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Return the sequence that ``unit`` of an entry of the batch belongs to, and its tile there.
-
-    A unit that none needs has a tile behind every sequence.
-    """
-    if PACKED:
-        sequence = _find_sequence(starts, count, unit, rows, SIZE)
-        first, _ = span_of(starts, sequence, rows, longest, True)
-        tile = unit - first_unit(first, sequence, SIZE, True).to(tl.int32)
-        return sequence, tl.where(tile < 0, units, tile)
-    else:
-        return batch, unit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_sage.ops import triton_packed
-from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
+from torch_sage.ops.triton_packed import Packed, find_tile
 from torch_sage.ops.triton_statistics import padded
 from torch_sage.reference.quantize import TOKEN_BLOCK
 
@@ -103,7 +103,10 @@ def first_scale(
     PACKED: tl.constexpr,
 ):
     """Return where the scales of a sequence begin among those of its head."""
-    return first_unit(first, sequence, BLOCK, PACKED) * (BLOCK // SPAN * (8 // LANE_ROWS))
+    if PACKED:
+        return (first // BLOCK + sequence) * (BLOCK // SPAN * (8 // LANE_ROWS))
+    else:
+        return first  # 0
 
 
 @triton.jit(do_not_specialize=(*triton_packed.UNSPECIALIZED, "groups"))
@@ -139,10 +142,9 @@ def _rows_kernel(
 ):
     head = (tl.program_id(0) // units).to(tl.int64)
     batch, index = head // heads, head % heads
-    sequence, tile = find_tile(
-        batch, tl.program_id(0) % units, units, rows, starts, count, longest, TILE, PACKED
+    sequence, tile, first, length = find_tile(
+        tl.program_id(0), heads, units, rows, starts, count, longest, TILE, PACKED
     )
-    first, length = span_of(starts, sequence, rows, longest, PACKED)
     row = tile * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_D)
     is_inside = (row < length)[:, None] & (channel < channels)[None, :]

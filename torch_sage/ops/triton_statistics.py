@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_sage.ops import triton_packed
-from torch_sage.ops.triton_packed import Packed, find_tile, first_unit, span_of
+from torch_sage.ops.triton_packed import Packed, find_tile, span_of
 
 _CHUNK = 256  # rows of a program
 _ROWS = 32  # of a step
@@ -56,14 +56,6 @@ def ordered_sum(x, ROWS: tl.constexpr, STEPS: tl.constexpr):
     return tl.reshape(x, [ROWS])
 
 
-@triton.jit
-def _fold(partial, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, IS_MEAN: tl.constexpr):
-    if IS_MEAN:
-        return ordered_sum(tl.trans(partial), BLOCK_D, STEPS)
-    else:
-        return tl.max(partial, axis=0)
-
-
 @triton.jit(do_not_specialize=triton_packed.UNSPECIALIZED)
 def _chunk_kernel(
     x,  # [B, H, N, D], any strides
@@ -90,10 +82,9 @@ def _chunk_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     batch, head = index // units // heads, index // units % heads
-    sequence, chunk = find_tile(
-        batch, tl.program_id(0) % units, units, rows, starts, count, longest, CHUNK, PACKED
+    sequence, chunk, first, length = find_tile(
+        tl.program_id(0), heads, units, rows, starts, count, longest, CHUNK, PACKED
     )
-    first, length = span_of(starts, sequence, rows, longest, PACKED)
     channel = tl.arange(0, BLOCK_D)
     is_channel = channel < channels
     x += batch * stride_b + head * stride_h + first * stride_n
@@ -115,7 +106,10 @@ def _chunk_kernel(
             # As integers NaN > Inf > finite: the maximum is exact and tells what is not finite.
             bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
             partial = tl.maximum(partial, bits)
-    folded = _fold(partial, BLOCK_D, STEPS, IS_MEAN)
+    if IS_MEAN:
+        folded = ordered_sum(tl.trans(partial), BLOCK_D, STEPS)
+    else:
+        folded = tl.max(partial, axis=0)
     tl.store(partials + index * channels + channel, folded, mask=is_channel)
 
 
@@ -142,8 +136,7 @@ def _statistic_kernel(
     first, length = span_of(starts, sequence, rows, longest, PACKED)
     channel = tl.arange(0, BLOCK_D)
     is_channel = channel < channels
-    own = first_unit(first, sequence, CHUNK, PACKED)
-    own += (head if PACKED else index) * units
+    own = head * units + first // CHUNK + sequence if PACKED else index * units
     chunks = (length + CHUNK - 1) // CHUNK
     partial = tl.zeros([ROWS, BLOCK_D], tl.float32 if IS_MEAN else tl.int32)
     for start in range(0, chunks, ROWS):
@@ -151,10 +144,11 @@ def _statistic_kernel(
         at = partials + (own + chunk)[:, None] * channels + channel[None, :]
         part = tl.load(at, mask=(chunk < chunks)[:, None] & is_channel[None, :], other=0)
         partial = partial + part if IS_MEAN else tl.maximum(partial, part)
-    folded = _fold(partial, BLOCK_D, STEPS, IS_MEAN)
     if IS_MEAN:
         tokens = tl.full([BLOCK_D], 1.0, tl.float32) * tl.maximum(length, 1)
-        folded = tl.div_rn(folded, tokens)
+        folded = tl.div_rn(ordered_sum(tl.trans(partial), BLOCK_D, STEPS), tokens)
+    else:
+        folded = tl.max(partial, axis=0)
     tl.store(result + index * channels + channel, folded, mask=is_channel)
 
 
