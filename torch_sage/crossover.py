@@ -41,6 +41,9 @@ class Rule(NamedTuple):
 _NEVER = Rule(full=(), causal=(), masked=(), ragged=())
 # SDPA on CPU hardly saves what a causal mask hides, so the same sizes decide.
 _CPU = (Crossover(reuse=64, multiplications=9.4e6),)
+# Sequences of 1024 tokens, 4 of them and more, in heads of 64 and 128 channels: 1.03 to 1.4 times
+# torch's varlen_attn; of 512 it was the faster one (python -m benchmarks.bench_varlen --equal).
+_PACKED = (Crossover(reuse=682, multiplications=1.7e10),)
 
 # Hopper's up to 128 channels.
 _FULL = (
@@ -74,6 +77,8 @@ CROSSOVER: dict[str, Rule] = {
         masked=(Crossover(reuse=682, multiplications=2.7e8),),
         ragged=(),
     ),
+    "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=(), ragged=()),
+    "cuda.sm90.packed.256": _NEVER,
 }
 
 WIDTHS = (64, 128, 256)
@@ -85,22 +90,25 @@ def prefers_exact(
     *,
     is_causal: bool,
     has_mask: bool,
-    is_ragged: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
     seqlen_k: int,
     head_dim: int,
     head_dim_v: int,
+    is_ragged: bool = False,
+    is_packed: bool = False,
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    ``kernel`` is a key of ``CROSSOVER``, without a width. ``is_ragged``: the mask, if there is one,
-    is of ``Rule.ragged``.
+    ``kernel`` is a key of ``CROSSOVER``, without a width or ``.packed``. ``is_ragged``: the mask,
+    if there is one, is of ``Rule.ragged``. Packed sequences count as a batch of their average
+    length: longer ones among them only add to what is gained.
     """
     widest = max(head_dim, head_dim_v)
     width = next((width for width in WIDTHS if widest <= width), WIDTHS[-1])
-    rule = CROSSOVER.get(f"{kernel}.{width}", CROSSOVER[kernel])
+    family = f"{kernel}.packed" if is_packed else kernel
+    rule = CROSSOVER.get(f"{family}.{width}", CROSSOVER.get(family, _NEVER))
     if has_mask:
         crossovers = rule.ragged if is_ragged else rule.masked
     else:
