@@ -2,8 +2,8 @@
 
 Where all lengths are equal, also each on a batch. bf16, 32 heads, whole op, medians on the device;
 FLOPs are those of the pairs attended to. ``python -m benchmarks.bench_varlen`` prints a Markdown
-table; ``--equal`` takes sequences of 512 to 8192 tokens, from which the rule for packed sequences
-in ``torch_sage/crossover.py`` was made.
+table; ``--equal 4096 32768`` takes so many tokens in sequences of equal lengths, from which the
+rule for packed sequences in ``torch_sage/crossover.py`` was made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LENGTHS = {
     "20000 and 50 x 30": [20000] + [30] * 50,
     "1000 x 40": [40] * 1000,
 }
-EQUAL = {f"{2**15 // n} x {n}": [n] * (2**15 // n) for n in (512, 1024, 2048, 4096, 8192)}
+EQUAL = (256, 512, 1024, 2048, 4096)
 RECIPES = {
     "triton": SUPPORT["cuda"].default,
     "mma": SUPPORT["cuda.sm80"].default,
@@ -83,11 +83,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seconds", type=float, default=0.1, help="of a contender's turn")
-    parser.add_argument("--equal", action="store_true", help="equal lengths alone, from 512 on")
+    parser.add_argument("--equal", type=int, nargs="+", help="of equal lengths, so many tokens")
     parser.add_argument("--only", nargs="+", default=[], help="contenders beside torch")
     arguments = parser.parse_args()
     rows = [["lengths", "D", "mode", "contender", "ms", "TFLOPS", "rel L1 to torch's"]]
-    for name, lengths in (EQUAL if arguments.equal else LENGTHS).items():
+    packs = LENGTHS
+    if arguments.equal:
+        equal = [(t // n, n) for t in arguments.equal for n in EQUAL if n <= t]
+        packs = {f"{count} x {length}": [length] * count for count, length in equal}
+    for name, lengths in packs.items():
         for head_dim in arguments.head_dims:
             for is_causal in (False, True):
                 contenders = {

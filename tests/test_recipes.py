@@ -304,8 +304,10 @@ def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
     ]
 
 
-def test_head_dim_is_part_of_what_a_row_runs() -> None:
+def test_head_dim_is_part_of_what_a_row_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     own, triton = (SUPPORT[row] for row in ("cuda.sm90", "cuda"))
+    own = own._replace(max_head_dim=100)
+    monkeypatch.setitem(SUPPORT, "cuda.sm90", own)
     wide = own.max_head_dim + 1
     rows = {"cuda": own.default.op_kwargs(), "cuda.sm90": own.default.op_kwargs()}
     (problem,) = recipe_problems(rows, wide)

@@ -127,7 +127,8 @@ def test_linear_mantissa_costs_a_little() -> None:
 def test_linear_mantissa_by_its_definition() -> None:
     x = torch.linspace(-12, 7.75, 5000)
     found = linear_probabilities(x)
-    for value, power in zip(found.tolist(), x.tolist(), strict=True):
+    for value, score in zip(found.tolist(), x.tolist(), strict=True):
+        power = score + 2.0**-11
         whole = math.floor(power)
         expected = 2.0**whole * (1 + math.floor(8 * (power - whole)) / 8)
         if power < -6:  # E4M3 is linear itself there, with a step of 2**-9
@@ -136,6 +137,8 @@ def test_linear_mantissa_by_its_definition() -> None:
     normal_part = x >= -6
     relative = (found / x.exp2() - 1)[normal_part]
     assert -0.084 < relative.min() and relative.max() < 0.062
+    a_little_less_than_6 = torch.tensor([6 - 1e-4, 6 - 1e-3])
+    assert linear_probabilities(a_little_less_than_6).tolist() == [64, 60]
     special = linear_probabilities(torch.tensor([-torch.inf, torch.nan, 100.0]))
     assert special[0] == 0 and special[1].isnan() and special[2] == 448
 

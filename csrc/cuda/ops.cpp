@@ -226,10 +226,10 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   // Zeroed by the pre-pass, counted up by the attention kernel.
   int* work_counter =
       request.causal == Causal::kNone && !is_packed ? nullptr : reinterpret_cast<int*>(take(256));
+  const FloatOperand readable = rotates ? vectorized(q) : q;  // may be a copy: kept to the end
   if (rotates) {
     prepared.codes = reinterpret_cast<int8_t*>(take(query_codes));
     prepared.scales = reinterpret_cast<float*>(take(query_scales));
-    const FloatOperand readable = vectorized(q);
     unrotated.query = {static_cast<int>(q.heads),
                        static_cast<int>(q.rows),
                        readable.data,

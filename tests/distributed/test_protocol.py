@@ -281,7 +281,7 @@ def test_without_processes_there_is_no_group() -> None:
 
 
 def test_gpus_send_what_their_kernels_take(hopper: None) -> None:
-    """Prepared operands where recipe and head_dim fit, else those of the Triton kernels."""
+    """Prepared operands where the recipe fits, else those of the Triton kernels."""
     from torch_sage.distributed import call
 
     def recipe(channels: int, **options: Any) -> str:
@@ -291,8 +291,8 @@ def test_gpus_send_what_their_kernels_take(hopper: None) -> None:
             return call.accept(q, q, q, **how, config=SageConfig(**options)).name
 
     assert recipe(64) == "int8.token_thread/e4m3_fp16/smooth-kv/exp-mixed"
-    assert recipe(128, smooth_v=False) == "int8.token_thread/e4m3_fp16/smooth-k/exp-mixed"
-    assert recipe(192) == recipe(64, pv="half") == "int8.token_block/bf16/smooth-k"
+    assert recipe(256, smooth_v=False) == "int8.token_thread/e4m3_fp16/smooth-k/exp-mixed"
+    assert recipe(64, pv="half") == "int8.token_block/bf16/smooth-k"
     assert recipe(64, granularity="thread") == "int8.thread/bf16/smooth-k"
 
 

@@ -13,7 +13,7 @@ import torch_sage
 from tests.csrc.isas import run_python
 from torch_sage import SageConfig, _extension, crossover, devices, ops
 from torch_sage.config import PRESETS
-from torch_sage.crossover import Crossover, Rule
+from torch_sage.crossover import Crossover, Rule, prefers_exact
 from torch_sage.distributed.call import accept
 from torch_sage.ops import gpu
 from torch_sage.ops.dispatch import why_not
@@ -238,6 +238,18 @@ def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.M
     assert why_not(q, k, v, causal="bottom_right") == ()
     half = SageConfig(pv="half")  # by other kernels, which have a rule of their own
     assert [r.code for r in why_not(q, k, v, is_causal=True, config=half)] == ["below_crossover"]
+
+
+def test_wide_heads_have_a_rule_of_their_own(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    always = (Crossover(0, 0),)
+    sizes = dict(is_causal=False, has_mask=False, batch=1, heads_q=1, seqlen_q=8, seqlen_k=8)
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", Rule(always, (), ()))
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90.wide", Rule((), (), ()))
+    for head_dim, head_dim_v, is_left in ((128, 128, False), (129, 8, True), (8, 256, True)):
+        found = prefers_exact("cuda.sm90", **sizes, head_dim=head_dim, head_dim_v=head_dim_v)
+        assert found == is_left
+    monkeypatch.setitem(crossover.CROSSOVER, "cpu", Rule(always, (), ()))
+    assert not prefers_exact("cpu", **sizes, head_dim=256, head_dim_v=256)
 
 
 def test_calls_take_the_recipe_of_the_gpu(hopper: None) -> None:

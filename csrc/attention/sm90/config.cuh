@@ -12,6 +12,9 @@ constexpr int kQueryThreads = 32 * kQueryWarps;
 // P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
 // So a value group sums to at most 1024 * 2^7.75 * .25 = 55104, within fp16.
 constexpr float kOffset = 6.f, kLag = 1.75f;
+// E4M3 code of 1, and so little more that the largest score of a row, less itself as it is rounded,
+// is not truncated to the code below its own.
+constexpr float kCodeOfOne = 56.f + 0x1p-8f;
 constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
 constexpr uint32_t kOneCodes = 0x28282828u;
 constexpr int kWorkBytes = 48;  // of a piece of work, in shared memory
@@ -69,6 +72,7 @@ struct Config {
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
   static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;
+  static_assert(kSharedBytes <= 227 << 10);
 };
 
 // Barriers of a block, by shared address.

@@ -138,7 +138,7 @@ class Consumer {
     slot_ = work_count_ & 1;
     barrier_wait(barriers_.query_full(slot_), (work_count_ >> 1) & 1);
     // Uniform for the compiler, too: wgmma in a branch that might diverge would be serialized.
-    const Work& work = works_[slot_];
+    const Work work = works_[slot_];
     if (!__any_sync(~0u, work.steps > 0)) return false;
     steps_ = __shfl_sync(~0u, work.steps, 0);
     last_ = work.keys - 1;
@@ -308,7 +308,7 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       exact[h] = kOffset - (max_[h] == -INFINITY ? 0.f : max_[h]);
-      linear[h] = 8.f * exact[h] + 56.f;  // E4M3 has 8 codes to a power of two; code 56 is 1
+      linear[h] = 8.f * exact[h] + kCodeOfOne;  // E4M3 has 8 codes to a power of two
       slope[h] = 8.f * scale[h];
     }
 #pragma unroll
@@ -551,6 +551,7 @@ class Consumer {
         lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 1);
         lse_sum[h] += __shfl_xor_sync(~0u, lse_sum[h], 2);
         poison[h] += lse_sum[h] * 0.f;
+        lse_sum[h] += poison[h];
       }
       attends[h] = top[h] != -INFINITY || poison[h] != 0.f;
       sum[h] = group_sum(h);

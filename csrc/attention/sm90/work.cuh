@@ -19,12 +19,14 @@ struct Schedule {
 // As one warp finds it and all threads read it from shared memory; divisions are slow. The sequence
 // is a batch entry, or one of those that are packed, all of which are batch entry 0.
 struct alignas(16) Work {
+  // What the next piece begins with, in one load.
   int steps;  // of C::kKeys keys, the last one first; 0: there is no more work
+  int first_row, keys, last_key_offset;  // in the sequence
+  // What it ends with, in another.
   int batch, head;
+  int query_start;  // rows of the tensors before the sequence
+  int rows;         // of the sequence
   int sequence;
-  int first_row;  // in the sequence, as are the next ones
-  int rows, keys, last_key_offset;
-  int query_start;               // rows of the tensors before the sequence
   int first_block, first_group;  // of its keys, among those of a head
 };
 static_assert(sizeof(Work) == kWorkBytes);

@@ -211,36 +211,65 @@ struct Shared {
   float scale[kWidth], inverse[kWidth];
 };
 
-// The 1024 keys of a head that a cluster has, in their sequence, which is a batch entry or one of
-// those that are packed.
+// 1024 keys of a head in their sequence, which is a batch entry or one of those that are packed,
+// and which blocks of a cluster have them.
 struct Group {
   int batch, head;
   int64_t mean;  // row of key_mean
   int seqlen, number;
+  int count;                        // keys of the group
   int first_row;                    // of the tensors: where the sequence starts
   int64_t first_tile, first_group;  // of the sequence
+  int first_rank, blocks;
+  int rank;  // of this block among those; blocks, if it is none of them
 };
 
-// The group may be one beyond the sequence.
-template <bool kIsPacked>
-__device__ __forceinline__ Group find_group(const PrepareParams& p, int cluster) {
+// Of a batch: a cluster has a group.
+template <int kBlocks>
+__device__ __forceinline__ Group group_of_batch(const PrepareParams& p, int cluster, int rank) {
   // Of all heads the same tokens first, which share the tables and may lie side by side.
-  const int heads = p.batch * p.heads, head = cluster % heads, number = cluster / heads;
-  const int64_t tile = head * p.kv.tiles, group = head * p.kv.groups;
-  if constexpr (kIsPacked) {
-    const int sequence = find_sequence(p.kv.packed, number, kValueGroup);
-    const Span keys = span_of(p.kv.packed, sequence);
-    const int first = first_unit(keys.first, sequence, kValueGroup);
-    return {0,
-            head,
-            static_cast<int64_t>(sequence) * heads + head,
-            keys.length,
-            number - first,
-            keys.first,
-            tile + 2 * first_unit(keys.first, sequence, kKeyBlock128),
-            group + first};
-  }
-  return {head / p.heads, head % p.heads, head, p.kv.seqlen, number, 0, tile, group};
+  const int heads = p.batch * p.heads, head = cluster % heads;
+  Group group{};
+  group.batch = head / p.heads;
+  group.head = head % p.heads;
+  group.mean = head;
+  group.seqlen = p.kv.seqlen;
+  group.number = cluster / heads;
+  group.count = min(kValueGroup, group.seqlen - group.number * kValueGroup);
+  group.first_tile = head * p.kv.tiles;
+  group.first_group = head * p.kv.groups;
+  group.blocks = kBlocks;
+  group.rank = rank;
+  return group;
+}
+
+// Of packed sequences: clusters have `size` blocks, a power of two. Where a group needs half of
+// them or fewer, the cluster of a head works for the next heads, too, whose clusters then do
+// nothing.
+template <int kTokens>
+__device__ __forceinline__ Group group_of_packed(const PrepareParams& p, int cluster, int rank,
+                                                 int size) {
+  Group group{};
+  const int unit = cluster / p.heads;
+  const int sequence = find_sequence(p.kv.packed, unit, kValueGroup);
+  const Span keys = span_of(p.kv.packed, sequence);
+  const int first_group = first_unit(keys.first, sequence, kValueGroup);
+  group.seqlen = keys.length;
+  group.number = unit - first_group;
+  group.count = min(kValueGroup, keys.length - group.number * kValueGroup);
+  if (group.number < 0 || group.count <= 0) return group;
+  group.blocks = (group.count + kTokens - 1) / kTokens;
+  const int share = 1 << (32 - __clz(group.blocks - 1));  // of a cluster's blocks
+  const int first_head = cluster % p.heads;
+  group.head = first_head + rank / share;
+  const bool has_head = first_head % (size / share) == 0 && group.head < p.heads;
+  group.first_rank = rank / share * share;
+  group.rank = has_head ? rank % share : group.blocks;
+  group.mean = static_cast<int64_t>(sequence) * p.heads + group.head;
+  group.first_row = keys.first;
+  group.first_tile = group.head * p.kv.tiles + 2 * first_unit(keys.first, sequence, kKeyBlock128);
+  group.first_group = group.head * p.kv.groups + first_group;
+  return group;
 }
 
 template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked>
@@ -266,23 +295,20 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
     }
   }
   cg::cluster_group cluster = cg::this_cluster();
-  const int cluster_blocks = kIsPacked ? static_cast<int>(cluster.num_blocks()) : kBlocks;
-  const int rank = cluster.block_rank();
+  Group group;
   if constexpr (kIsPacked) {
-    const int of_keys = static_cast<int>(p.kv.groups) * cluster_blocks * p.heads;
+    const int size = cluster.num_blocks();
+    const int of_keys = static_cast<int>(p.kv.groups) * size * p.heads;
     if (blockIdx.x >= of_keys) {  // whole clusters
       fill_unattended<kThreads, Element>(p.packed_output, p.kv.packed, blockIdx.x - of_keys);
       return;
     }
+    group = group_of_packed<kTokens>(p, blockIdx.x / size, cluster.block_rank(), size);
+    if (group.rank >= group.blocks) return;
+  } else {
+    group = group_of_batch<kBlocks>(p, blockIdx.x / kBlocks, cluster.block_rank());
   }
-  const Group group = find_group<kIsPacked>(p, blockIdx.x / cluster_blocks);
-  const int seqlen = group.seqlen;
-  const int count = min(kValueGroup, seqlen - group.number * kValueGroup);  // keys of the group
-  int blocks = kBlocks;                                                     // that have some
-  if constexpr (kIsPacked) {
-    blocks = (count + kTokens - 1) / kTokens;
-    if (group.number < 0 || rank >= blocks) return;
-  }
+  const int seqlen = group.seqlen, rank = group.rank;
   // Another block's shared memory may be written to once that block runs.
   auto started = cluster.barrier_arrive();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -443,8 +469,8 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
     const float folded_high = fold_16_lanes(high, lane, larger_of);
     cluster.barrier_wait(std::move(started));
     // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
-    for (int to = lane % 16 / 8; to < blocks; to += 2) {
-      Shared<kWidth>* other = cluster.map_shared_rank(&shared, to);
+    for (int to = lane % 16 / 8; to < group.blocks; to += 2) {
+      Shared<kWidth>* other = cluster.map_shared_rank(&shared, group.first_rank + to);
       other->sum[share][owned_column] = folded_sum;
       other->low[share][owned_column] = folded_low;
       other->high[share][owned_column] = folded_high;
@@ -453,7 +479,7 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
   cluster.sync();
 
   const int64_t group_at = (group.first_group + group.number) * kWidth;
-  const int shares = blocks * kShares;
+  const int shares = group.blocks * kShares;
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
 #pragma unroll
@@ -462,7 +488,8 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
       low = smaller_of(low, shared.low[i][thread]);
       high = larger_of(high, shared.high[i][thread]);
     }
-    const float center = p.smooth_value ? sum * (static_cast<float>(kValueGroup) / count) : 0.f;
+    const float center =
+        p.smooth_value ? sum * (static_cast<float>(kValueGroup) / group.count) : 0.f;
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
     const ScaleAndInverse scale =
         scale_and_inverse(larger_of(fabsf(low - center), fabsf(high - center)), kValueMax);
@@ -507,14 +534,15 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
     error[c] = fmaf(-shared.scale[column], codes.x + codes.y, sum);
   }
   const float folded = fold_16_lanes(error, lane, [](float a, float b) { return a + b; });
-  if (lane % 16 < 8) cluster.map_shared_rank(&shared, 0)->error[share][owned_column] = folded;
+  if (lane % 16 < 8)
+    cluster.map_shared_rank(&shared, group.first_rank)->error[share][owned_column] = folded;
   auto written = cluster.barrier_arrive();
   if (rank != 0) return;
   cluster.barrier_wait(std::move(written));
   if (thread < kWidth) {
     float total = 0;
     for (int i = 0; i < shares; i++) total += shared.error[i][thread];
-    const float mean_error = is_finite(total) ? total / count : 0.f;
+    const float mean_error = is_finite(total) ? total / group.count : 0.f;
     p.kv.value_shift[group_at + thread] = shared.center[thread] + mean_error;
   }
 }
