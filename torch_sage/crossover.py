@@ -38,6 +38,9 @@ class Rule(NamedTuple):
 _NEVER = Rule(full=(), causal=(), masked=())
 # SDPA on CPU hardly saves what a causal mask hides, so the same sizes decide.
 _CPU = (Crossover(reuse=64, multiplications=9.4e6),)
+# Sequences of 1024 tokens, 4 of them and more, in heads of 64 and 128 channels: 1.03 to 1.4 times
+# torch's varlen_attn; of 512 it was the faster one (python -m benchmarks.bench_varlen --equal).
+_PACKED = (Crossover(reuse=682, multiplications=1.7e10),)
 
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
 # without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
@@ -63,6 +66,7 @@ CROSSOVER: dict[str, Rule] = {
         causal=(Crossover(reuse=2048, multiplications=6.7e7),),
         masked=(),
     ),
+    "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=()),
 }
 
 
@@ -70,11 +74,18 @@ WIDE = 128
 """Heads of more channels have rules of their own, ``<kernel>.wide``, where the table has them."""
 
 
+def _rule_of(kernel: str, is_packed: bool, is_wide: bool) -> Rule:
+    if is_packed:
+        return _NEVER if is_wide else CROSSOVER.get(f"{kernel}.packed", _NEVER)
+    return CROSSOVER.get(f"{kernel}.wide", CROSSOVER[kernel]) if is_wide else CROSSOVER[kernel]
+
+
 def prefers_exact(
     kernel: str,
     *,
     is_causal: bool,
     has_mask: bool,
+    is_packed: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
@@ -84,11 +95,10 @@ def prefers_exact(
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    ``kernel`` is a key of ``CROSSOVER``, without ``.wide``.
+    ``kernel`` is a key of ``CROSSOVER``, without ``.wide`` or ``.packed``. Packed sequences count
+    as a batch of their average length: longer ones among them only add to what is gained.
     """
-    wide = f"{kernel}.wide"
-    is_wide = max(head_dim, head_dim_v) > WIDE and wide in CROSSOVER
-    rule = CROSSOVER[wide if is_wide else kernel]
+    rule = _rule_of(kernel, is_packed, max(head_dim, head_dim_v) > WIDE)
     crossovers = rule.masked if has_mask else rule.causal if is_causal else rule.full
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
     elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))

@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch_sage.config import SageConfig
+from torch_sage.crossover import prefers_exact
+from torch_sage.devices import rows_of
 from torch_sage.inductor.graph_utils import tensor, val
 from torch_sage.inductor.patterns.match import Match, PackedMatch
 from torch_sage.ops import checks, packed
-from torch_sage.ops.dispatch import why_not
+from torch_sage.ops.checks import largest_head_dim
+from torch_sage.ops.dispatch import hint, why_not
 from torch_sage.ops.reasons import Reason, ReasonCode
-from torch_sage.recipes import Recipe
+from torch_sage.recipes import Recipe, choose_row
 from torch_sage.varlen import choose_recipe
 
 TRAINING = Reason("training", "The graph is differentiated; quantized attention has no gradient.")
@@ -31,10 +34,10 @@ OUTPUT_LAYOUT = Reason(
 )
 
 
-NOT_MEASURED = Reason(
+NOT_FASTER = Reason(
     ReasonCode.BELOW_CROSSOVER,
-    "packed sequences must be measured to be faster than torch's, and were not; dispatch='always' "
-    "ignores this",
+    "packed sequences must be of an average length at which ours were measured to be faster than "
+    "torch's; dispatch='always' ignores this",
 )
 
 
@@ -53,7 +56,21 @@ def reasons_against_packed(
     recipe, against = choose_recipe(query, value, config)
     reasons += against
     if not reasons and config.dispatch == "measured":
-        reasons.append(NOT_MEASURED)
+        heads_q, head_dim = (hint(size) for size in query.shape[1:])
+        sequences = max(hint(tensors[3].shape[0]) - 1, 1)
+        if prefers_exact(
+            choose_row(config, rows_of(query.device), query.dtype, largest_head_dim(query, value)),
+            is_causal=match.causal != "none",
+            has_mask=False,
+            is_packed=True,
+            batch=sequences,
+            heads_q=heads_q,
+            seqlen_q=hint(query.shape[0]) // sequences,
+            seqlen_k=hint(key.shape[0]) // sequences,
+            head_dim=head_dim,
+            head_dim_v=hint(value.shape[2]),
+        ):
+            reasons.append(NOT_FASTER)
     return (None if reasons else recipe), tuple(reasons)
 
 

@@ -375,6 +375,7 @@ def _exact_is_faster(
         _CPU_KERNEL if row == "cpu" else row,
         is_causal=causal != "none",
         has_mask=attn_mask is not None,
+        is_packed=False,
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,

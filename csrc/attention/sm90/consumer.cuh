@@ -36,9 +36,10 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     bool is_live = begin();
-    skip_keys(is_live);
-    multiply_keys(skip_, is_live);
-    skip_values(is_live);
+    if (!is_live) return;  // of packed sequences there may be fewer pieces than blocks
+    skip_keys(true);
+    multiply_keys(skip_, true);
+    skip_values(true);
 #pragma unroll 1
     while (is_live) {
       buffer_is_used_ = false;
