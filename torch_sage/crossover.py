@@ -78,11 +78,17 @@ CROSSOVER: dict[str, Rule] = {
         ragged=(),
     ),
     "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=(), ragged=()),
-    "cuda.sm90.packed.256": _NEVER,
 }
 
 WIDTHS = (64, 128, 256)
 """Channels that heads are padded to; where the table has ``<kernel>.<width>``, it is their rule."""
+
+
+def _rule_of(kernel: str, widest: int, is_packed: bool) -> Rule:
+    width = next((width for width in WIDTHS if widest <= width), WIDTHS[-1])
+    if is_packed:
+        return _NEVER if width == WIDTHS[-1] else CROSSOVER.get(f"{kernel}.packed", _NEVER)
+    return CROSSOVER.get(f"{kernel}.{width}", CROSSOVER[kernel])
 
 
 def prefers_exact(
@@ -90,25 +96,22 @@ def prefers_exact(
     *,
     is_causal: bool,
     has_mask: bool,
+    is_ragged: bool,
+    is_packed: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
     seqlen_k: int,
     head_dim: int,
     head_dim_v: int,
-    is_ragged: bool = False,
-    is_packed: bool = False,
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    ``kernel`` is a key of ``CROSSOVER``, without a width or ``.packed``. ``is_ragged``: the mask,
-    if there is one, is of ``Rule.ragged``. Packed sequences count as a batch of their average
-    length: longer ones among them only add to what is gained.
+    ``kernel`` is a key of ``CROSSOVER``, without a width. ``is_ragged``: the mask, if there is one,
+    is of ``Rule.ragged``. Packed sequences count as a batch of their average length: longer ones
+    among them only add to what is gained.
     """
-    widest = max(head_dim, head_dim_v)
-    width = next((width for width in WIDTHS if widest <= width), WIDTHS[-1])
-    family = f"{kernel}.packed" if is_packed else kernel
-    rule = CROSSOVER.get(f"{family}.{width}", CROSSOVER.get(family, _NEVER))
+    rule = _rule_of(kernel, max(head_dim, head_dim_v), is_packed)
     if has_mask:
         crossovers = rule.ragged if is_ragged else rule.masked
     else:

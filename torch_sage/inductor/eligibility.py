@@ -62,6 +62,7 @@ def reasons_against_packed(
             choose_row(config, rows_of(query.device), query.dtype, largest_head_dim(query, value)),
             is_causal=match.causal != "none",
             has_mask=False,
+            is_ragged=False,
             is_packed=True,
             batch=sequences,
             heads_q=heads_q,
