@@ -101,7 +101,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[64, 128],
-        help="of one rule: see crossover.WIDE",
+        help="of one rule: see crossover.WIDTHS",
     )
     parser.add_argument("--kinds", nargs="+", choices=MASKS, default=MASKS)
     parser.add_argument("--json", type=Path, help="write every time")

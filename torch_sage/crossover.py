@@ -32,52 +32,82 @@ class Rule(NamedTuple):
     """With a causal mask, which halves the products and leaves the cost of quantizing."""
 
     masked: tuple[Crossover, ...]
-    """With a mask that is a tensor."""
+    """With a mask that is a tensor, whose rows kernels may read 16 bytes at a time."""
+
+    ragged: tuple[Crossover, ...]
+    """With one whose rows they may not."""
 
 
-_NEVER = Rule(full=(), causal=(), masked=())
+_NEVER = Rule(full=(), causal=(), masked=(), ragged=())
 # SDPA on CPU hardly saves what a causal mask hides, so the same sizes decide.
 _CPU = (Crossover(reuse=64, multiplications=9.4e6),)
-# Sequences of 1024 tokens, 4 of them and more, in heads of 64 and 128 channels: 1.03 to 1.4 times
-# torch's varlen_attn; of 512 it was the faster one (python -m benchmarks.bench_varlen --equal).
-_PACKED = (Crossover(reuse=682, multiplications=1.7e10),)
+
+# Hopper's up to 128 channels.
+_FULL = (
+    Crossover(reuse=1365, multiplications=6.8e10),
+    Crossover(reuse=2048, multiplications=3.8e10),
+)
+_CAUSAL = (Crossover(reuse=2048, multiplications=6.7e7),)
 
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
 # without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
 #
 # CUDA: on Hopper the Triton kernels had 0.5 to 0.9 times the speed of torch's best backend
-# (docs/kernels/triton.md). The kernels for compute capability 9.0 won by 1.03 to 1.6 times at all
-# sizes that their rule takes, and reached 0.3 to 0.6 times the speed of SDPA with a mask. Other
-# GPUs are not measured: what is not known to be faster does not run unless dispatch='always' asks
-# for it.
+# (docs/kernels/triton.md). The kernels for compute capability 9.0 won by 1.01 to 1.6 times at all
+# sizes that their rules take, with a mask by 1.05 to 2.2. With masks whose rows are not aligned,
+# and with any at 64 channels, they reached 0.6 to 1.2 times the speed of SDPA. Other GPUs are not
+# measured: what is not known to be faster does not run unless dispatch='always' asks for it.
 CROSSOVER: dict[str, Rule] = {
-    "cpu": Rule(full=_CPU, causal=_CPU, masked=_CPU),
+    "cpu": Rule(full=_CPU, causal=_CPU, masked=_CPU, ragged=_CPU),
     "cpu.portable": _NEVER,
     "cuda": _NEVER,
     "cuda.sm80": _NEVER,
     "cuda.sm89": _NEVER,
     "cuda.sm120": _NEVER,
-    "cuda.sm90.wide": _NEVER,
-    "cuda.sm90": Rule(
-        full=(
-            Crossover(reuse=1365, multiplications=6.8e10),
-            Crossover(reuse=2048, multiplications=3.8e10),
-        ),
-        causal=(Crossover(reuse=2048, multiplications=6.7e7),),
-        masked=(),
+    "cuda.sm90": Rule(_FULL, _CAUSAL, masked=(), ragged=()),
+    "cuda.sm90.128": Rule(
+        _FULL, _CAUSAL, masked=(Crossover(reuse=1365, multiplications=1.3e8),), ragged=()
     ),
-    "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=()),
+    "cuda.sm90.256": Rule(
+        full=(Crossover(reuse=2048, multiplications=2.7e8),),
+        causal=(Crossover(reuse=4096, multiplications=2.7e8),),
+        masked=(Crossover(reuse=682, multiplications=2.7e8),),
+        ragged=(),
+    ),
 }
 
+# Sequences of 1024 tokens, 4 of them and more, had 1.03 to 1.4 times the speed of torch's
+# varlen_attn; of 512 it was the faster one (python -m benchmarks.bench_varlen --equal 4096 32768).
+_PACKED = (Crossover(reuse=682, multiplications=1.7e10),)
+PACKED = {"cuda.sm90.64": _PACKED, "cuda.sm90.128": _PACKED}
+"""Where packed sequences were measured to be faster than torch's, causal or not; nowhere else."""
 
-WIDE = 128
-"""Heads of more channels have rules of their own, ``<kernel>.wide``, where the table has them."""
+WIDTHS = (64, 128, 256)
+"""Channels that heads are padded to; where the table has ``<kernel>.<width>``, it is their rule."""
 
 
-def _rule_of(kernel: str, is_packed: bool, is_wide: bool) -> Rule:
-    if is_packed:
-        return _NEVER if is_wide else CROSSOVER.get(f"{kernel}.packed", _NEVER)
-    return CROSSOVER.get(f"{kernel}.wide", CROSSOVER[kernel]) if is_wide else CROSSOVER[kernel]
+def _with_width(kernel: str, head_dim: int, head_dim_v: int) -> str:
+    widest = max(head_dim, head_dim_v)
+    width = next((width for width in WIDTHS if widest <= width), WIDTHS[-1])
+    return f"{kernel}.{width}"
+
+
+def _reaches_one_of(
+    crossovers: tuple[Crossover, ...],
+    batch: int,
+    heads_q: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    head_dim: int,
+    head_dim_v: int,
+) -> bool:
+    """Return whether one of ``crossovers`` is reached at these sizes."""
+    multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
+    elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
+    return any(
+        multiplications >= max(crossover.multiplications, crossover.reuse * elements)
+        for crossover in crossovers
+    )
 
 
 def prefers_exact(
@@ -85,7 +115,7 @@ def prefers_exact(
     *,
     is_causal: bool,
     has_mask: bool,
-    is_packed: bool,
+    is_ragged: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
@@ -95,14 +125,33 @@ def prefers_exact(
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    ``kernel`` is a key of ``CROSSOVER``, without ``.wide`` or ``.packed``. Packed sequences count
-    as a batch of their average length: longer ones among them only add to what is gained.
+    ``kernel`` is a key of ``CROSSOVER``, without a width. ``is_ragged``: the mask, if there is one,
+    is of ``Rule.ragged``.
     """
-    rule = _rule_of(kernel, is_packed, max(head_dim, head_dim_v) > WIDE)
-    crossovers = rule.masked if has_mask else rule.causal if is_causal else rule.full
-    multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
-    elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
-    return not any(
-        multiplications >= max(crossover.multiplications, crossover.reuse * elements)
-        for crossover in crossovers
-    )
+    rule = CROSSOVER.get(_with_width(kernel, head_dim, head_dim_v), CROSSOVER[kernel])
+    if has_mask:
+        crossovers = rule.ragged if is_ragged else rule.masked
+    else:
+        crossovers = rule.causal if is_causal else rule.full
+    sizes = (batch, heads_q, seqlen_q, seqlen_k, head_dim, head_dim_v)
+    return not _reaches_one_of(crossovers, *sizes)
+
+
+def prefers_exact_packed(
+    kernel: str,
+    *,
+    sequences: int,
+    heads_q: int,
+    tokens_q: int,
+    tokens_k: int,
+    head_dim: int,
+    head_dim_v: int,
+) -> bool:
+    """Return whether torch's packed attention was measured to be faster, or nothing was.
+
+    Sequences count as a batch of their average length: longer ones among them add to what is
+    gained.
+    """
+    crossovers = PACKED.get(_with_width(kernel, head_dim, head_dim_v), ())
+    lengths = tokens_q // sequences, tokens_k // sequences
+    return not _reaches_one_of(crossovers, sequences, heads_q, *lengths, head_dim, head_dim_v)

@@ -229,7 +229,7 @@ def test_wide_heads_run_by_the_next_row(hopper: None, monkeypatch: pytest.Monkey
 
 
 def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = Rule(full=(), causal=(Crossover(0, 0),), masked=())
+    rule = Rule(full=(), causal=(Crossover(0, 0),), masked=(), ragged=())
     monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", rule)
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     q, k, v = fakes()
@@ -240,16 +240,60 @@ def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.M
     assert [r.code for r in why_not(q, k, v, is_causal=True, config=half)] == ["below_crossover"]
 
 
-def test_wide_heads_have_a_rule_of_their_own(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    always = (Crossover(0, 0),)
-    sizes = dict(is_causal=False, has_mask=False, batch=1, heads_q=1, seqlen_q=8, seqlen_k=8)
-    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", Rule(always, (), ()))
-    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90.wide", Rule((), (), ()))
-    for head_dim, head_dim_v, is_left in ((128, 128, False), (129, 8, True), (8, 256, True)):
-        found = prefers_exact("cuda.sm90", **sizes, head_dim=head_dim, head_dim_v=head_dim_v)
-        assert found == is_left
-    monkeypatch.setitem(crossover.CROSSOVER, "cpu", Rule(always, (), ()))
-    assert not prefers_exact("cpu", **sizes, head_dim=256, head_dim_v=256)
+def test_a_width_may_have_a_rule_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    always, sizes = (Crossover(0, 0),), {"batch": 1, "heads_q": 1, "seqlen_q": 8, "seqlen_k": 8}
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", Rule(always, (), (), ()))
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90.128", Rule((), always, (), ()))
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90.256", Rule((), (), always, ()))
+    kinds = {
+        64: {"is_causal": False, "has_mask": False, "is_ragged": False},
+        128: {"is_causal": True, "has_mask": False, "is_ragged": False},
+        256: {"is_causal": False, "has_mask": True, "is_ragged": False},
+    }
+    for least, most in ((1, 64), (65, 128), (129, 256)):
+        for width, kind in kinds.items():
+            for head_dim, head_dim_v in ((least, 1), (1, most)):
+                found = prefers_exact(
+                    "cuda.sm90", **sizes, **kind, head_dim=head_dim, head_dim_v=head_dim_v
+                )
+                assert found == (width != most)
+    kinds[256]["is_ragged"] = True
+    assert prefers_exact("cuda.sm90", **sizes, **kinds[256], head_dim=256, head_dim_v=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dtype", "is_ragged"),
+    [
+        ((4096, 4096), (4096, 1), torch.bool, False),
+        ((4095, 4095), (4096, 1), torch.bool, False),
+        ((4096, 4096), (4097, 1), torch.bool, True),
+        ((4096, 4104), (4104, 1), torch.bool, True),
+        ((4096, 4104), (4104, 1), torch.bfloat16, False),
+        ((4096, 4096), (1, 4096), torch.bool, True),
+        ((2, 1, 1, 4096), (4096, 3, 5, 1), torch.bool, False),
+        ((2, 1, 4096, 1), (4096, 4096, 1, 1), torch.bool, True),
+        ((4096,), (1,), torch.bool, False),
+        ((), (), torch.bool, True),
+    ],
+)
+def test_ragged_masks_have_a_rule_of_their_own(
+    shape: Any,
+    strides: Any,
+    dtype: torch.dtype,
+    is_ragged: bool,
+    hopper: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rule = Rule((), (), (Crossover(0, 0),), ())
+    monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", rule)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    with FakeTensorMode():
+        n, m = (4096, 4096, *shape)[-2:]
+        q = torch.empty(2, 2, n if n > 1 else 4096, 64, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(2, 2, m if m > 1 else 4096, 64, device="cuda", dtype=torch.bfloat16)
+        mask = torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+        codes = [reason.code for reason in why_not(q, k, k, mask)]
+    assert codes == (["below_crossover"] if is_ragged else [])
 
 
 def test_calls_take_the_recipe_of_the_gpu(hopper: None) -> None:

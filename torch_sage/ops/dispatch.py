@@ -375,13 +375,23 @@ def _exact_is_faster(
         _CPU_KERNEL if row == "cpu" else row,
         is_causal=causal != "none",
         has_mask=attn_mask is not None,
-        is_packed=False,
+        is_ragged=attn_mask is not None and _is_ragged(attn_mask),
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,
         seqlen_k=hint(key.shape[2]),
         head_dim=head_dim,
         head_dim_v=hint(value.shape[3]),
+    )
+
+
+def _is_ragged(mask: Tensor) -> bool:
+    """Return whether kernels cannot read the rows of a mask 16 bytes at a time."""
+    strides = [hint(s) for size, s in zip(mask.shape, mask.stride(), strict=True) if size != 1]
+    return (
+        strides[-1:] != [1]
+        or mask.shape[-1] == 1
+        or any(stride * mask.itemsize % 16 for stride in strides[:-1])
     )
 
 

@@ -45,8 +45,8 @@ struct Config {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   // In all, the registers that a multiprocessor has.
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kIsWide ? 232 : 224;
-  static constexpr int kProducerRegisters = kConsumers == 3 || !kIsWide ? 56 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40;
 
   static constexpr int kKeys = kIsWide ? 64 : 128;  // of a step
   static constexpr int kStepsPerGroup = kValueGroup / kKeys;

@@ -107,7 +107,6 @@ class Consumer {
   __device__ __forceinline__ bool take_step(int n, float (&factor)[2], float (&old_max)[2]) {
     multiply_keys(n, true);
     multiply_values(n - 1);
-    fetch_mask(n);
     wgmma_wait<1>();
     old_max[0] = max_[0];
     old_max[1] = max_[1];
@@ -229,6 +228,7 @@ class Consumer {
     float top[2];
     if constexpr (C::kHasMask) {
       add_mask(first_key(n), scale, top);
+      if (n + 1 < steps_) fetch_mask(n + 1);
     } else {
       find_top<kHasHidden>(first_key(n), scale, top);
     }
