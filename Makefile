@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
+WORKERS ?= logical
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -24,8 +25,11 @@ all: test
 
 env: $(NATIVE)
 
+# A worker for every core. Files stay whole, for fixtures that build or start something serve all of
+# a file, and in this order: the short ones come last.
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile \
+	    --no-loadscope-reorder $(PYTEST_ARGS)
 
 # On a machine with a GPU; plain `make test` does not collect these.
 test-gpu: env

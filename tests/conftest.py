@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,27 @@ BUILT = {
     "sm89": ("8.9", "9.0", "12.0", "12.1"),
     "sm90": ("9.0",),
 }
+
+
+def pytest_configure() -> None:
+    """Share the cores among the workers of pytest-xdist: threads that wait for one spin.
+
+    On two busy cores the oracle's many small tensors take ten times as long by two threads as by
+    one. Nor does every process that compiles need processes of its own for it.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def folder_of_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that is new in this run, and the same one for all of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture

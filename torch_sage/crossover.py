@@ -41,6 +41,9 @@ class Rule(NamedTuple):
 _NEVER = Rule(full=(), causal=(), masked=(), ragged=())
 # SDPA on CPU hardly saves what a causal mask hides, so the same sizes decide.
 _CPU = (Crossover(reuse=64, multiplications=9.4e6),)
+# Sequences of 1024 tokens, 4 of them and more, in heads of 64 and 128 channels: 1.03 to 1.4 times
+# torch's varlen_attn; of 512 it was the faster one (python -m benchmarks.bench_varlen --equal).
+_PACKED = (Crossover(reuse=682, multiplications=1.7e10),)
 
 # Hopper's up to 128 channels.
 _FULL = (
@@ -74,40 +77,18 @@ CROSSOVER: dict[str, Rule] = {
         masked=(Crossover(reuse=682, multiplications=2.7e8),),
         ragged=(),
     ),
+    "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=(), ragged=()),
 }
-
-# Sequences of 1024 tokens, 4 of them and more, had 1.03 to 1.4 times the speed of torch's
-# varlen_attn; of 512 it was the faster one (python -m benchmarks.bench_varlen --equal 4096 32768).
-_PACKED = (Crossover(reuse=682, multiplications=1.7e10),)
-PACKED = {"cuda.sm90.64": _PACKED, "cuda.sm90.128": _PACKED}
-"""Where packed sequences were measured to be faster than torch's, causal or not; nowhere else."""
 
 WIDTHS = (64, 128, 256)
 """Channels that heads are padded to; where the table has ``<kernel>.<width>``, it is their rule."""
 
 
-def _with_width(kernel: str, head_dim: int, head_dim_v: int) -> str:
-    widest = max(head_dim, head_dim_v)
+def _rule_of(kernel: str, widest: int, is_packed: bool) -> Rule:
     width = next((width for width in WIDTHS if widest <= width), WIDTHS[-1])
-    return f"{kernel}.{width}"
-
-
-def _reaches_one_of(
-    crossovers: tuple[Crossover, ...],
-    batch: int,
-    heads_q: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    head_dim: int,
-    head_dim_v: int,
-) -> bool:
-    """Return whether one of ``crossovers`` is reached at these sizes."""
-    multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
-    elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
-    return any(
-        multiplications >= max(crossover.multiplications, crossover.reuse * elements)
-        for crossover in crossovers
-    )
+    if is_packed:
+        return _NEVER if width == WIDTHS[-1] else CROSSOVER.get(f"{kernel}.packed", _NEVER)
+    return CROSSOVER.get(f"{kernel}.{width}", CROSSOVER[kernel])
 
 
 def prefers_exact(
@@ -116,6 +97,7 @@ def prefers_exact(
     is_causal: bool,
     has_mask: bool,
     is_ragged: bool,
+    is_packed: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
@@ -126,32 +108,17 @@ def prefers_exact(
     """Return whether exact SDPA was measured to be faster at these sizes.
 
     ``kernel`` is a key of ``CROSSOVER``, without a width. ``is_ragged``: the mask, if there is one,
-    is of ``Rule.ragged``.
+    is of ``Rule.ragged``. Packed sequences count as a batch of their average length: longer ones
+    among them only add to what is gained.
     """
-    rule = CROSSOVER.get(_with_width(kernel, head_dim, head_dim_v), CROSSOVER[kernel])
+    rule = _rule_of(kernel, max(head_dim, head_dim_v), is_packed)
     if has_mask:
         crossovers = rule.ragged if is_ragged else rule.masked
     else:
         crossovers = rule.causal if is_causal else rule.full
-    sizes = (batch, heads_q, seqlen_q, seqlen_k, head_dim, head_dim_v)
-    return not _reaches_one_of(crossovers, *sizes)
-
-
-def prefers_exact_packed(
-    kernel: str,
-    *,
-    sequences: int,
-    heads_q: int,
-    tokens_q: int,
-    tokens_k: int,
-    head_dim: int,
-    head_dim_v: int,
-) -> bool:
-    """Return whether torch's packed attention was measured to be faster, or nothing was.
-
-    Sequences count as a batch of their average length: longer ones among them add to what is
-    gained.
-    """
-    crossovers = PACKED.get(_with_width(kernel, head_dim, head_dim_v), ())
-    lengths = tokens_q // sequences, tokens_k // sequences
-    return not _reaches_one_of(crossovers, sequences, heads_q, *lengths, head_dim, head_dim_v)
+    multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
+    elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
+    return not any(
+        multiplications >= max(crossover.multiplications, crossover.reuse * elements)
+        for crossover in crossovers
+    )

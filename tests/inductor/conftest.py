@@ -9,10 +9,10 @@ from torch_sage.inductor import disable
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_compile_cache(tmp_path_factory):
+def shared_compile_cache(folder_of_run):
     """Kernels compiled by one test serve the next; nothing of an earlier run does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder_of_run / "compiled-by-inductor"))
         yield
 
 

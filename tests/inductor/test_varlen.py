@@ -18,7 +18,7 @@ from tests.inductor.graphs import ALWAYS, captured_graphs, count, reasons, recor
 from tests.numerics import same_bits
 from tests.varlen import Packed, pack
 from torch_sage import SageConfig
-from torch_sage.crossover import PACKED, Crossover
+from torch_sage.crossover import CROSSOVER, Crossover, Rule
 from torch_sage.inductor.passes import Always, PostPass, PrePass
 
 VARLEN = torch.ops.torch_sage.varlen_sdpa.default
@@ -102,13 +102,20 @@ def test_what_is_refused_stays(function: Any, kind: dict[str, Any], config: Any,
     assert reasons([traced]) == [[code]]
 
 
-@pytest.mark.parametrize("function", [plain, causal])
-@pytest.mark.parametrize(("reuse", "rewritten"), [(17, True), (18, False)])
+@pytest.mark.parametrize(
+    ("function", "reuse", "rewritten"),
+    [
+        (plain, 17, True),
+        (plain, 18, False),
+        (causal, 17, False),
+    ],
+)
 def test_the_measured_choice_is_by_the_average_length(
-    reuse: float, rewritten: bool, function: Any, monkeypatch: pytest.MonkeyPatch
+    function: Any, reuse: float, rewritten: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """80 tokens in 3 sequences: 26 of each, of which an element is used 26 * 2 / 3 times."""
-    monkeypatch.setitem(PACKED, "cpu.64", (Crossover(reuse, 0),))
+    rule = Rule(full=(Crossover(reuse, 0),), causal=(), masked=())
+    monkeypatch.setitem(CROSSOVER, "cpu.packed", rule)
     traced = make_fx(function, tracing_mode="fake")(*packed())
     PostPass(Always(SageConfig()))(traced.graph)
     assert reasons([traced]) == [[] if rewritten else ["below_crossover"]]

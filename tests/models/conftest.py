@@ -8,11 +8,11 @@ from torch_sage import _extension
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_compile_cache(tmp_path_factory):
+def shared_compile_cache(folder_of_run):
     """Kernels compiled by one test serve the next; nothing of an earlier run does."""
     assert _extension.is_available(), _extension.unavailable_reason()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder_of_run / "compiled-by-models"))
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch_sage.config import SageConfig
-from torch_sage.crossover import prefers_exact_packed
+from torch_sage.crossover import prefers_exact
 from torch_sage.devices import rows_of
 from torch_sage.inductor.graph_utils import tensor, val
 from torch_sage.inductor.patterns.match import Match, PackedMatch
@@ -56,14 +56,18 @@ def reasons_against_packed(
     recipe, against = choose_recipe(query, value, config)
     reasons += against
     if not reasons and config.dispatch == "measured":
-        row = choose_row(config, rows_of(query.device), query.dtype, largest_head_dim(query, value))
-        tokens_q, heads_q, head_dim = (hint(size) for size in query.shape)
-        if prefers_exact_packed(
-            row,
-            sequences=max(hint(tensors[3].shape[0]) - 1, 1),
+        heads_q, head_dim = (hint(size) for size in query.shape[1:])
+        sequences = max(hint(tensors[3].shape[0]) - 1, 1)
+        if prefers_exact(
+            choose_row(config, rows_of(query.device), query.dtype, largest_head_dim(query, value)),
+            is_causal=match.causal != "none",
+            has_mask=False,
+            is_ragged=False,
+            is_packed=True,
+            batch=sequences,
             heads_q=heads_q,
-            tokens_q=tokens_q,
-            tokens_k=hint(key.shape[0]),
+            seqlen_q=hint(query.shape[0]) // sequences,
+            seqlen_k=hint(key.shape[0]) // sequences,
             head_dim=head_dim,
             head_dim_v=hint(value.shape[2]),
         ):

@@ -376,6 +376,7 @@ def _exact_is_faster(
         is_causal=causal != "none",
         has_mask=attn_mask is not None,
         is_ragged=attn_mask is not None and _is_ragged(attn_mask),
+        is_packed=False,
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,
