@@ -114,7 +114,7 @@ def test_the_measured_choice_is_by_the_average_length(
     function: Any, reuse: float, rewritten: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """80 tokens in 3 sequences: 26 of each, of which an element is used 26 * 2 / 3 times."""
-    rule = Rule(full=(Crossover(reuse, 0),), causal=(), masked=())
+    rule = Rule(full=(Crossover(reuse, 0),), causal=(), masked=(), ragged=())
     monkeypatch.setitem(CROSSOVER, "cpu.packed", rule)
     traced = make_fx(function, tracing_mode="fake")(*packed())
     PostPass(Always(SageConfig()))(traced.graph)
