@@ -58,8 +58,9 @@ _CAUSAL = (Crossover(reuse=2048, multiplications=6.7e7),)
 # CUDA: on Hopper the Triton kernels had 0.5 to 0.9 times the speed of torch's best backend
 # (docs/kernels/triton.md). The kernels for compute capability 9.0 won by 1.01 to 1.6 times at all
 # sizes that their rules take, with a mask by 1.05 to 2.2. With masks whose rows are not aligned,
-# and with any at 64 channels, they reached 0.6 to 1.2 times the speed of SDPA. Other GPUs are not
-# measured: what is not known to be faster does not run unless dispatch='always' asks for it.
+# and with any at 64 channels up to 4096 tokens, they reached 0.6 to 1.1 times the speed of SDPA.
+# Other GPUs are not measured: what is not known to be faster does not run unless dispatch='always'
+# asks for it.
 CROSSOVER: dict[str, Rule] = {
     "cpu": Rule(full=_CPU, causal=_CPU, masked=_CPU, ragged=_CPU),
     "cpu.portable": _NEVER,
@@ -67,7 +68,9 @@ CROSSOVER: dict[str, Rule] = {
     "cuda.sm80": _NEVER,
     "cuda.sm89": _NEVER,
     "cuda.sm120": _NEVER,
-    "cuda.sm90": Rule(_FULL, _CAUSAL, masked=(), ragged=()),
+    "cuda.sm90": Rule(
+        _FULL, _CAUSAL, masked=(Crossover(reuse=4096, multiplications=6.7e7),), ragged=()
+    ),
     "cuda.sm90.128": Rule(
         _FULL, _CAUSAL, masked=(Crossover(reuse=1365, multiplications=1.3e8),), ragged=()
     ),
