@@ -26,6 +26,7 @@ from torch_sage import devices
 from torch_sage.ops import triton_attention, triton_quantize, triton_statistics
 
 TARGETS = (80, 89, 90, 100, 120)
+QUANTIZER_TARGETS = (75, *TARGETS)  # Triton has no tensor cores for 7.5, which attention needs
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX_INSTRUCTION = re.compile(r"\b(UTCIMMA|UTCHMMA|IGMMA|HGMMA|IMMA\.\w+\.S8|HMMA\.\w+\.F32)")
 
@@ -160,6 +161,7 @@ def main() -> None:
             code = attention(arch, head_dim, half, causal, packed)
             kind = "packed" if packed else "batch"
             report.append({"name": f"attention {head_dim} {half} {kind}", **code})
+    for arch in QUANTIZER_TARGETS:
         for span in (1, 64):
             code = quantize(arch, 128, "bf16", span, packed=span == 1)
             report.append({"name": f"quantize {span}", **code})

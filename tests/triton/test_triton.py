@@ -51,7 +51,7 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_every_target_compiles_without_spills(compiled: list[dict[str, Any]]) -> None:
-    assert {kernel["arch"] for kernel in compiled} == {80, 89, 90, 100, 120}
+    assert {kernel["arch"] for kernel in compiled} == {75, 80, 89, 90, 100, 120}
     for kernel in compiled:
         assert kernel["stack"] == 0, kernel
         assert kernel["local"] == 0, kernel
