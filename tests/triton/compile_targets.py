@@ -27,18 +27,22 @@ from torch_sage.ops import triton_attention, triton_quantize, triton_statistics
 
 TARGETS = (80, 89, 90, 100, 120)
 QUANTIZER_TARGETS = (75, *TARGETS)  # Triton has no tensor cores for 7.5, which attention needs
+AMD_TARGETS = {"gfx942": 64, "gfx1100": 32}  # MI300, RX 7900, and the lanes of their warps
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-MATRIX_INSTRUCTION = re.compile(r"\b(UTCIMMA|UTCHMMA|IGMMA|HGMMA|IMMA\.\w+\.S8|HMMA\.\w+\.F32)")
+MATRIX_INSTRUCTION = re.compile(
+    r"\b(UTCIMMA|UTCHMMA|IGMMA|HGMMA|IMMA\.\w+\.S8|HMMA\.\w+\.F32|v_mfma_i32|v_wmma_i32|"
+    r"v_mfma_f32|v_wmma_f32)"
+)
 
 
 def compile_for(
-    arch: int,
+    arch: int | str,
     kernel: Any,
     constants: dict[str, Any],
     types: dict[str, str],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Compile ``kernel`` for compute capability ``arch``; return what its code is made of."""
+    """Compile ``kernel`` for a compute capability or AMD GPU; return what its code is made of."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     # What the launcher finds out about real arguments: 16-byte alignment of pointers and strides.
@@ -49,6 +53,9 @@ def compile_for(
         if signature[name].startswith(aligned[1]) or name.endswith(aligned[2])
     }
     source = ASTSource(kernel, signature, constants, attributes)
+    if isinstance(arch, str):
+        target = GPUTarget("hip", arch, AMD_TARGETS[arch])
+        return amd_code(arch, triton.compile(source, target=target, options=options).asm["amdgcn"])
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
@@ -69,9 +76,26 @@ def compile_for(
     }
 
 
-def attention(arch: int, head_dim: int, half: str, causal: bool, packed: bool) -> dict[str, Any]:
+def amd_code(arch: str, assembly: str) -> dict[str, Any]:
+    """Return the same of AMD's assembly, as far as it tells."""
+    spills, stack = (
+        sum(int(size) for size in re.findall(rf"\.{name}:\s*(\d+)", assembly))
+        for name in ("[sv]gpr_spill_count", "private_segment_fixed_size")
+    )
+    instructions = Counter(MATRIX_INSTRUCTION.findall(assembly))
+    return {"arch": arch, "stack": stack, "local": spills, "instructions": instructions}
+
+
+def attention(
+    arch: int | str, head_dim: int, half: str, causal: bool, packed: bool
+) -> dict[str, Any]:
     """Compile the attention of the default recipe, with the bias of a smoothed Q besides."""
-    with patch.object(devices, "generation", lambda index: arch // 10):
+    is_amd = isinstance(arch, str)
+    generation = None if isinstance(arch, str) else arch // 10
+    with (
+        patch.object(devices, "generation", lambda index: generation),
+        patch.object(torch.version, "hip", "" if is_amd else None),
+    ):
         tile = triton_attention.tile_for(head_dim, head_dim, torch.device("cuda", 0))
     constants = {
         "PACKED": packed,
@@ -112,7 +136,7 @@ def attention(arch: int, head_dim: int, half: str, causal: bool, packed: bool) -
     return compile_for(arch, kernel, constants, types, options)
 
 
-def quantize(arch: int, head_dim: int, half: str, span: int, packed: bool) -> dict[str, Any]:
+def quantize(arch: int | str, head_dim: int, half: str, span: int, packed: bool) -> dict[str, Any]:
     """Compile the quantizer of K, per row or per span of rows."""
     tile = triton_quantize.TILE_ROWS if span == 1 else span
     constants = {
@@ -135,7 +159,7 @@ def quantize(arch: int, head_dim: int, half: str, span: int, packed: bool) -> di
     return compile_for(arch, triton_quantize._rows_kernel, constants, types, options)
 
 
-def statistic(arch: int, head_dim: int, half: str, is_mean: bool) -> dict[str, Any]:
+def statistic(arch: int | str, head_dim: int, half: str, is_mean: bool) -> dict[str, Any]:
     """Compile what adds up, or compares, chunks of packed sequences."""
     constants = {
         **triton_statistics.constants(head_dim, is_mean=is_mean, is_packed=True),
@@ -161,7 +185,11 @@ def main() -> None:
             code = attention(arch, head_dim, half, causal, packed)
             kind = "packed" if packed else "batch"
             report.append({"name": f"attention {head_dim} {half} {kind}", **code})
-    for arch in QUANTIZER_TARGETS:
+    for amd in AMD_TARGETS:
+        for head_dim, half, packed in ((64, "fp16", False), (128, "bf16", True)):
+            code = attention(amd, head_dim, half, True, packed)
+            report.append({"name": f"attention {head_dim} {half}", **code})
+    for arch in (*QUANTIZER_TARGETS, *AMD_TARGETS):
         for span in (1, 64):
             code = quantize(arch, 128, "bf16", span, packed=span == 1)
             report.append({"name": f"quantize {span}", **code})

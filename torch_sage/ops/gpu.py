@@ -13,8 +13,9 @@ from torch_sage import _extension, devices
 from torch_sage.devices import asked_while_tracing, dotted
 from torch_sage.ops.schemas import DEFINITIONS, LIBRARY, PREPARED, ROTARY, VARLEN, WHOLE
 
-# Ampere: Triton has tensor cores from there on. For Turing (7.5) neither 3.6 nor 3.8 compiles an INT8
-# product at all, and 16-bit ones become scalar code, with which the kernel spills 4 KB a thread.
+# Ampere: Triton has tensor cores from there on. For Turing (7.5) neither 3.6 nor 3.8 compiles an
+# INT8 product at all, and 16-bit ones become scalar code, with which the kernel spills 4 KB a
+# thread.
 LEAST_CAPABILITY = (8, 0)
 
 _MMA_PREPARE_KV = (
