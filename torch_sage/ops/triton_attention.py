@@ -426,9 +426,9 @@ def tile_for(channels: int, channels_v: int, device: torch.device) -> Tile:
         # One warpgroup a program, two programs on an SM: while one has its products on the tensor
         # cores, the other one computes exponentials.
         return Tile(64, 128, 4, 2) if widest <= 128 else Tile(64, 64, 4, 2)
-    # On AMD more would not fit registers: nobody has timed it there.
-    fits = widest <= 128 and torch.version.hip is None
-    return Tile(128, 64, 8, 3) if fits else Tile(64, 32, 8, 2)
+    if torch.version.hip is not None:
+        return Tile(64, 32, 8, 1)  # more does not fit registers; nobody has timed it
+    return Tile(128, 64, 8, 3) if widest <= 128 else Tile(64, 32, 8, 2)
 
 
 def _reach(x: Tensor, tile: Tile) -> int:
