@@ -27,11 +27,6 @@ __device__ __forceinline__ float add_bias(float logit, float bias) {
   return bias == -INFINITY ? bias : logit + bias;
 }
 
-template <typename Element>
-__device__ __forceinline__ float with_mask(float logit, Element element) {
-  return add_bias(logit, bias_of(element));
-}
-
 // Calls `visit` with the mask's data in its type.
 template <typename Params, typename Visit>
 __device__ __forceinline__ void visit_mask(const Params& p, Visit visit) {

@@ -40,6 +40,14 @@ FAMILIES = {
 of_each_family = pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
 
 
+def laid_out(lengths: str, dims: tuple[int, int], layout: str, dtype: torch.dtype) -> Packed:
+    queries, keys = LENGTHS[lengths]
+    if layout == "fused":
+        keys = queries
+    d, dv = dims
+    return pack(queries, keys, head_dim=d, head_dim_v=dv, dtype=dtype, layout=layout, device="cuda")
+
+
 def outputs_one_by_one(packed: Packed, causal: str, scale: float | None, recipe: Recipe) -> Tensor:
     """Return the output of ``sdpa`` on every sequence alone, packed."""
     q, k, v = packed[:3]
@@ -94,18 +102,7 @@ def test_recipes_layouts_and_widths(
     dtype: torch.dtype,
     member: Member,
 ) -> None:
-    queries, keys = LENGTHS["edges"]
-    if layout == "fused":
-        keys = queries
-    packed = pack(
-        queries,
-        keys,
-        head_dim=dims[0],
-        head_dim_v=dims[1],
-        dtype=dtype,
-        layout=layout,
-        device="cuda",
-    )
+    packed = laid_out("edges", dims, layout, dtype)
     assert_one_by_one(packed, "bottom_right", -0.1, member.recipe(granularity, smooth))
 
 
@@ -119,18 +116,7 @@ def test_recipes_layouts_and_widths(
 def test_layouts_and_widths_of_hopper(
     smooth: str, dims: tuple[int, int], layout: str, dtype: torch.dtype, exponential: str
 ) -> None:
-    queries, keys = LENGTHS["groups"]
-    if layout == "fused":
-        keys = queries
-    packed = pack(
-        queries,
-        keys,
-        head_dim=dims[0],
-        head_dim_v=dims[1],
-        dtype=dtype,
-        layout=layout,
-        device="cuda",
-    )
+    packed = laid_out("groups", dims, layout, dtype)
     recipe = {**sm90.RECIPE, "smooth": smooth, "exponential": exponential}
     assert_one_by_one(packed, "bottom_right", -0.1, recipe)
 
