@@ -1,8 +1,9 @@
 // The attention kernel: persistent blocks of one producer and two or three consumer warpgroups.
 //
-// INT8 Q K^T with both operands in shared memory; P, as E4M3, stays in the registers in which the
-// scores arrive; E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32
-// buffer in shared memory. Behind V stand rows of ones, so the same instruction sums P.
+// INT8 Q K^T with both operands in shared memory; P stays in the registers in which the scores
+// arrive. E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32 buffer in
+// shared memory; bf16 P V accumulates in fp32. Behind V stand rows of ones, so the same instruction
+// sums P.
 #pragma once
 
 #include "attention/sm90/consumer.cuh"
@@ -35,10 +36,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     fence_barriers();
   }
   // The rows of ones behind every panel of V; copies never touch them.
-  constexpr int kPanels = kStages * C::kKeys / kKeyTile, kOnesWords = 8 * kKeyTile / 4;
+  constexpr int kPanels = kStages * C::kKeys / kKeyTile, kOnesWords = 8 * C::kTileBytes / 4;
   for (int i = threadIdx.x; i < kPanels * kOnesWords; i += C::kThreads)
     reinterpret_cast<uint32_t*>(shared + C::kValueAt + i / kOnesWords * C::kPanelBytes +
-                                C::kWidth * kKeyTile)[i % kOnesWords] = kOneCodes;
+                                C::kWidth * C::kTileBytes)[i % kOnesWords] = kOneCodes<C::kValues>;
   fence_async_proxy();
   __syncthreads();
   if (threadIdx.x >= C::kConsumers * kWarpgroup) {
@@ -65,7 +66,7 @@ void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStrea
   schedule.total = schedule.row_blocks * schedule.heads;
   schedule.section = 0;
   if (params.causal != Causal::kNone) {
-    const int64_t head_bytes = params.kv.tiles * kKeyTile * C::kWidth * 2;
+    const int64_t head_bytes = params.kv.tiles * (kKeyTile + C::kTileBytes) * C::kWidth;
     const int64_t kv_heads = kSectionBytes / head_bytes;
     schedule.section =
         static_cast<int>(kv_heads < 1 ? 1 : kv_heads) * (params.heads_q / params.heads_kv);

@@ -11,6 +11,16 @@ void launch_attention(const AttentionParams& params, int multiprocessors, cudaSt
                                                    launch_exact_256},
                                        kMasked[] = {launch_masked_64, launch_masked_128,
                                                     launch_masked_256};
+  constexpr decltype(&launch_mixed_64) kBf16[] = {launch_bf16_64, launch_bf16_128},
+                                       kBf16Lse[] = {launch_bf16_lse_64, launch_bf16_lse_128},
+                                       kBf16Masked[] = {launch_bf16_masked_64,
+                                                        launch_bf16_masked_128};
+  if (params.kv.value_format == ValueFormat::kBf16) {
+    const auto& launches = params.mask_kind != MaskKind::kNone ? kBf16Masked
+                           : params.lse != nullptr             ? kBf16Lse
+                                                               : kBf16;
+    return launches[params.kv.width / 128](params, multiprocessors, stream);
+  }
   const auto& launches = params.mask_kind != MaskKind::kNone ? kMasked
                          : params.lse != nullptr && params.is_part && !params.exact_exponential
                              ? kPart
