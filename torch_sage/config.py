@@ -109,6 +109,7 @@ _8B = replace(_PAPERS, qk="int8", granularity="thread")
 _4B = replace(_PAPERS, qk="int4", granularity="thread", smooth_q=True)
 PRESETS: dict[str, SageConfig] = {
     "auto": SageConfig(),
+    "accurate": SageConfig(pv="half"),
     "sage1": replace(_PAPERS, qk="int8", granularity="block", pv="half"),
     "sage2_8b": replace(_8B, pv="e4m3"),
     "sage2_4b": replace(_4B, pv="e4m3"),

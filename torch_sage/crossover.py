@@ -80,6 +80,7 @@ CROSSOVER: dict[str, Rule] = {
         masked=(Crossover(reuse=682, multiplications=2.7e8),),
         ragged=(),
     ),
+    "cuda.sm90.half": _NEVER,
     "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=(), ragged=()),
 }
 
