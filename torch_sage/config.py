@@ -35,9 +35,9 @@ class SageConfig:
     and ``token_block`` likewise."""
 
     pv: PVFormat = "auto"
-    """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates
-    in fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++), and so does ``fp16_fp16``,
-    where V of more than 1023 overflows."""
+    """Format of P and V: ``half`` is the 16-bit type of the device's kernel (all that the preset
+    ``accurate`` asks for), ``e4m3`` accumulates in fp32 in two levels, ``e4m3_fp16`` in fp16
+    (SageAttention2++), and so does ``fp16_fp16``, where V of more than 1023 overflows."""
 
     smooth_q: bool | None = None
     """Subtract a mean of query rows before quantization and add its exact scores: the mean of a
