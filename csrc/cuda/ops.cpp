@@ -373,8 +373,7 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
   point_to(checked, kv.view);
   const auto [result, is_done] = new_result(q, seqlen_k, head_dim_v, request);
   if (!is_done)
-    attend(q, {}, {}, kv, request, Target(result),
-           {exact, is_part, nullptr, false, index, stream});
+    attend(q, {}, {}, kv, request, Target(result), {exact, is_part, nullptr, false, index, stream});
   return result;
 }
 

@@ -38,8 +38,8 @@ __device__ __forceinline__ void store(const AttentionParams& p, int64_t first, i
 template <int kWidth>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kLanes = kWidth / 4;               // threads that share a part
-  constexpr int kTurns = kMergeThreads / kLanes;   // parts at a time
+  constexpr int kLanes = kWidth / 4;              // threads that share a part
+  constexpr int kTurns = kMergeThreads / kLanes;  // parts at a time
   __shared__ float4 sums[kTurns][kLanes];
   const int rows = p.seqlen_q, row = blockIdx.x % rows, head = blockIdx.x / rows;
   const int64_t first = static_cast<int64_t>(head) * p.parts.count * rows + row;
@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   __syncthreads();
   if (threadIdx.x >= kLanes) return;
   for (int turn = 1; turn < kTurns; turn++) add(sum, 1.f, sums[turn][lane]);
-  const float4 result = attends ? make_float4(sum.x / divisor, sum.y / divisor, sum.z / divisor,
-                                              sum.w / divisor)
-                                : make_float4(0, 0, 0, 0);
+  const float4 result =
+      attends ? make_float4(sum.x / divisor, sum.y / divisor, sum.z / divisor, sum.w / divisor)
+              : make_float4(0, 0, 0, 0);
   const int tokens = p.parts.tokens, heads = rows / tokens;  // of query, that share keys
   const int64_t place = head / p.heads_q * p.output_rows.stride_b +
                         (head % p.heads_q * heads + row / tokens) * p.output_rows.stride_h +

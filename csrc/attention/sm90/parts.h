@@ -29,8 +29,8 @@ struct Parts {
 constexpr Parts split(int64_t keys, int64_t rows) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t blocks = divide_up(keys, kKeyBlock128);
-  const int64_t size = std::max({int64_t{kLeastKeyBlocks}, divide_up(rows, kRowsPerKeyBlock),
-                                 divide_up(blocks, kMostParts)});
+  const int64_t size = std::max(
+      {int64_t{kLeastKeyBlocks}, divide_up(rows, kRowsPerKeyBlock), divide_up(blocks, kMostParts)});
   Parts parts{};
   parts.count = static_cast<int>(divide_up(blocks, size));
   parts.key_blocks = static_cast<int>(size);

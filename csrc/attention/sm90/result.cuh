@@ -12,8 +12,8 @@ namespace torch_sage::sm90 {
 // biases all are the least number is one of equal logits, not hidden.
 constexpr float kMaskedUnit = 2.f;
 
-// Of a row whose P is relative to `top`, a base-2 logit, and adds up to `sum`. Where `top` is out of
-// range it is what the biases of a row would be that has only the least.
+// Of a row whose P is relative to `top`, a base-2 logit, and adds up to `sum`. Where `top` is out
+// of range it is what the biases of a row would be that has only the least.
 __device__ __forceinline__ float natural_lse(float top, float sum, float shift) {
   const float largest = fmaxf(top, -kLargestFloat);
   return (largest - kOffset + __log2f(sum)) * 0.6931471805599453f + shift;
