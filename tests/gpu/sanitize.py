@@ -2,8 +2,8 @@
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
 with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, split,
-mma, packed-mma) behind that leave out the others, and ``--short`` gives a member of the mma.sync family
-each shape once, with another dtype and mode of masking every time: racecheck is slow.
+mma, packed-mma) behind that leave out the others, and ``--short`` gives a member of the mma.sync
+family each shape once, with another dtype and mode of masking every time: racecheck is slow.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that memcheck sees what
 lies behind it.
 """
