@@ -11,7 +11,7 @@ constexpr int kFewRows = 64;  // of a head: those of one warpgroup
 // A part has at least so many blocks of 128 keys, beside which its beginning and end take little
 // time, and one for so many rows, whose results in fp32 take little memory beside the keys. It has
 // more where a head had more parts than a GPU multiprocessors.
-constexpr int kLeastKeyBlocks = 4, kRowsPerKeyBlock = 4, kMostParts = 128;
+constexpr int kLeastKeyBlocks = 4, kRowsPerKeyBlock = 8, kMostParts = 128;
 
 // The results of all parts, of which merge_parts makes the output. How many there are depends on
 // keys and rows, not on heads, so that a head has the bits of a call with it alone.
