@@ -6,7 +6,6 @@
 namespace torch_sage::sm90 {
 
 constexpr int kWarpgroup = 128;
-constexpr int kStages = 2;      // steps of K and V in flight
 constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fetches K and V
 constexpr int kQueryThreads = 32 * kQueryWarps;
 // P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
@@ -30,6 +29,7 @@ enum class Mode {
   kPart,    // the same, and the log of the sum that the output was divided by
   kExact,   // no mask; hardware exponentials, LSE if asked for
   kMasked,  // the same with any mask
+  kSplit,   // the same of a part of the keys for few rows, with any mask or none (parts.h)
 };
 
 // kWidth: head_dim, zero-padded.
@@ -39,22 +39,29 @@ struct Config {
   // E4M3 values are summed in fp16 over a group, and groups in fp32; bf16 ones in fp32 at once.
   static constexpr ValueFormat kValues = kValues_;
   static constexpr bool kHasGroupSums = kValues == ValueFormat::kE4m3;
-  static constexpr bool kHasMask = kMode == Mode::kMasked;
+  static constexpr bool kIsSplit = kMode == Mode::kSplit;
+  static constexpr bool kHasMask = kMode == Mode::kMasked || kIsSplit;  // or may have
   static constexpr bool kIsWide = kWidth > 128;
   static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Whether the LSE has a sum of its own, of probabilities that are exact.
-  static constexpr bool kSumsExactly = kMode == Mode::kExact || kMode == Mode::kMasked;
+  static constexpr bool kSumsExactly = kMode == Mode::kExact || kHasMask;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
   static constexpr int kExactColumns = kSumsExactly || !kHasGroupSums ? 4 : 1;
 
   // Warpgroups of 64 query rows. A mask, half of the sums of 256 channels, and sums in fp32, take
-  // registers that three of them do not have.
-  static constexpr int kConsumers = kHasMask || kIsWide || !kHasGroupSums ? 2 : 3;
+  // registers that three of them do not have. Few rows wait for memory: one, and more steps in
+  // flight.
+  static constexpr int kConsumers = kIsSplit ? 1 : kHasMask || kIsWide || !kHasGroupSums ? 2 : 3;
+  static constexpr int kStages = kIsSplit ? 4 : 2;  // steps of K and V in flight
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  // In all, no more registers than a multiprocessor has.
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kHasGroupSums ? 232 : 224;
+  // In all, no more registers than a multiprocessor has; half of them for a single consumer, two of
+  // whose blocks may share one.
+  static constexpr int kConsumerRegisters = kConsumers == 3   ? 152
+                                            : !kHasGroupSums  ? 224
+                                            : kConsumers == 2 ? 232
+                                                              : 216;
   static constexpr int kProducerRegisters = kConsumers == 3 || !kHasGroupSums ? 56 : 40;
 
   static constexpr int kKeys = kIsWide || (kHasMask && !kHasGroupSums) ? 64 : 128;  // of a step
@@ -69,7 +76,8 @@ struct Config {
   static constexpr int kSumRegisters = kHasGroupSums ? (kWidth - kBufferColumns) / 2 : 0;
   // Per thread, sums of P behind.
   static constexpr int kBufferFloats = kHasGroupSums ? (kBufferColumns + 8) / 2 : 0;
-  static constexpr int kScaleSlots = 4;  // groups of V whose scales and shifts may be in use
+  // Groups of V whose scales and shifts may be in use: of every step in flight, and two more.
+  static constexpr int kScaleSlots = 2 * kStages;
 
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + 2 * kRows * kWidth;
@@ -84,11 +92,13 @@ struct Config {
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
   static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;
   static_assert(kSharedBytes <= 227 << 10);
+  static constexpr int kBlocks = kIsSplit && 2 * kSharedBytes <= 226 << 10 ? 2 : 1;  // that fit
 };
 
 // Barriers of a block, by shared address.
 template <class C>
 struct Barriers {
+  static constexpr int kStages = C::kStages;
   uint32_t base;
   __device__ uint32_t key_full(int stage) const { return base + 8 * stage; }
   __device__ uint32_t key_empty(int stage) const { return base + 8 * (kStages + stage); }

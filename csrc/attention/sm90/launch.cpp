@@ -10,7 +10,9 @@ void launch_attention(const AttentionParams& params, int multiprocessors, cudaSt
                                        kExact[] = {launch_exact_64, launch_exact_128,
                                                    launch_exact_256},
                                        kMasked[] = {launch_masked_64, launch_masked_128,
-                                                    launch_masked_256};
+                                                    launch_masked_256},
+                                       kSplit[] = {launch_split_64, launch_split_128,
+                                                   launch_split_256};
   constexpr decltype(&launch_mixed_64) kBf16[] = {launch_bf16_64, launch_bf16_128},
                                        kBf16Lse[] = {launch_bf16_lse_64, launch_bf16_lse_128},
                                        kBf16Masked[] = {launch_bf16_masked_64,
@@ -21,12 +23,15 @@ void launch_attention(const AttentionParams& params, int multiprocessors, cudaSt
                                                                : kBf16;
     return launches[params.kv.width / 128](params, multiprocessors, stream);
   }
-  const auto& launches = params.mask_kind != MaskKind::kNone ? kMasked
+  const bool is_split = params.parts.count > 0;
+  const auto& launches = is_split                              ? kSplit
+                         : params.mask_kind != MaskKind::kNone ? kMasked
                          : params.lse != nullptr && params.is_part && !params.exact_exponential
                              ? kPart
                          : params.lse != nullptr || params.exact_exponential ? kExact
                                                                              : kMixed;
   launches[params.kv.width / 128](params, multiprocessors, stream);
+  if (is_split) merge_parts(params, stream);
 }
 
 }  // namespace torch_sage::sm90
