@@ -44,22 +44,13 @@ def rotated(
     """Return query, key and scale with the same scores, rotated as ``rotation`` says."""
     if rotation == "none":
         return query, key, scale
-    return rotate(query), rotate(key), scale_of_rotated(query.shape[-1], scale)
+    by = _matrix_for(query)
+    return _times(query, by), _times(key, by), scale_of_rotated(query.shape[-1], scale)
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Return x [..., head_dim] times H / b: the same shape, dtype, and order of its last three."""
-    # In the order of memory: a matrix product copies what it cannot flatten.
-    swaps = x.dim() > 2 and known(x.stride(-3) < x.stride(-2))
-    rows = x.transpose(-2, -3) if swaps else x
-    block = block_of(x.shape[-1])
-    by = _matrix_for(x, block)
-    if block == x.shape[-1]:
-        turned = rows @ by
-    else:
-        parts = rows.reshape(*rows.shape[:-1], x.shape[-1] // block, block)
-        turned = (parts @ by).reshape(rows.shape)
-    return turned.transpose(-2, -3) if swaps else turned
+    """Return x [..., head_dim] times H / b, in the dtype and order of dimensions of x."""
+    return _times(x, _matrix_for(x))
 
 
 def scale_of_rotated(head_dim: int, scale: float | None) -> float:
@@ -78,18 +69,32 @@ def matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     Of operators on numbers alone, so that a compiled or exported graph needs no constant for it.
     """
     index = torch.arange(size, device=device)
-    bits = torch.bitwise_and(index[:, None], index)
+    bits = torch.bitwise_and(index.unsqueeze(1), index)
     for shift in (4, 2, 1):
         bits = torch.bitwise_xor(bits, bits >> shift)
     return ((1 - 2 * (bits & 1)) / size).to(dtype)
 
 
-def _matrix_for(x: Tensor, size: int) -> Tensor:
+def _times(x: Tensor, by: Tensor) -> Tensor:
+    """Return the product of each block of channels and ``by``."""
+    # In the order of memory: a matrix product copies what it cannot flatten.
+    swaps = x.dim() > 2 and known(x.stride(-3) < x.stride(-2))
+    rows = x.transpose(-2, -3) if swaps else x
+    if len(by) == x.shape[-1]:
+        turned = rows @ by
+    else:
+        blocks = rows.reshape(*rows.shape[:-1], x.shape[-1] // len(by), len(by))
+        turned = (blocks @ by).reshape(rows.shape)
+    return turned.transpose(-2, -3) if swaps else turned
+
+
+def _matrix_for(x: Tensor) -> Tensor:
     """Return the matrix for ``x``; eager calls keep theirs, and traced ones make it in the graph.
 
     Kept for one stream each, where what made it comes before what reads it; what a CUDA graph
     makes would live in that graph's memory.
     """
+    size = block_of(x.shape[-1])
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return matrix(size, x.dtype, x.device)
     stream = 0
