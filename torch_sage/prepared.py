@@ -11,7 +11,8 @@ from torch_sage.attention import order_of
 from torch_sage.config import SageConfig, as_config
 from torch_sage.devices import lack_of_sm90
 from torch_sage.ops.checks import prepared_pv, recipe_problems
-from torch_sage.ops.dispatch import bias_problems, causal_of, causal_problems
+from torch_sage.ops.dispatch import bias_problems, causal_of, causal_problems, rotation_reasons
+from torch_sage.ops.hadamard import rotate, scale_of_rotated
 from torch_sage.recipes import ALL_PREPARED, Recipe, choose_row, resolve_in
 
 
@@ -30,6 +31,8 @@ class PreparedKV(NamedTuple):
     value_shift: Tensor
     seqlen_k: int
     head_dim_v: int
+    rotation: str = "none"
+    """What the keys were multiplied by, as in ``SageConfig``."""
 
 
 def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = None) -> PreparedKV:
@@ -41,7 +44,8 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
     Args:
         key: [B, Hkv, M, D]; float32, bfloat16 or float16; any strides.
         value: [B, Hkv, M, Dv] in the dtype of key.
-        config: how to smooth, and the format of V; None means the default recipe of the device.
+        config: how to rotate and smooth, and the format of V; None means the default recipe of the
+            device.
 
     Raises:
         TypeError: if key or value is not a tensor.
@@ -51,11 +55,14 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
         RuntimeError: if key or value wants a gradient.
     """
     _require_tensors(key=key, value=value)
+    config = as_config(config)
     widest = max((*key.shape[-1:], *value.shape[-1:]), default=1)
-    recipe = _recipe("key", key, as_config(config), widest)
+    recipe = _recipe("key", key, config, widest)
+    if config.rotation == "hadamard":
+        key = rotate(key)
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     operands = ops.prepare_kv(key, value, smooth=recipe.smooth, pv=recipe.pv)
-    return PreparedKV(*operands, key.shape[2], value.shape[3])
+    return PreparedKV(*operands, key.shape[2], value.shape[3], config.rotation)
 
 
 def attention_prepared(
@@ -82,7 +89,8 @@ def attention_prepared(
         scale: of the scores; None means 1 / sqrt(D).
         causal: "none", "top_left" or "bottom_right" (m <= n + M - N, as with a KV cache), in place
             of ``is_causal``.
-        config: how to compute; None means the default recipe for what was prepared.
+        config: how to compute, with the rotation of prepared; None means the default recipe for
+            such values, without one.
 
     Returns:
         [B, Hq, N, Dv] in the dtype of query, and in its memory order where heads or tokens come
@@ -103,21 +111,25 @@ def attention_prepared(
     recipe = _recipe("query", query, config, max((*query.shape[-1:], prepared.head_dim_v)))
     if recipe.pv != pv:
         raise ValueError(f"prepared must have values in {recipe.pv}, got {pv}")
-    if query.dim() != 4:
-        raise ValueError(f"query must be 4-D, got {list(query.shape)}")
+    if config.rotation != prepared.rotation:
+        expected = f"have the rotation of prepared, {prepared.rotation!r}"
+        raise ValueError(f"config must {expected}, got {config.rotation!r}")
     problems = causal_problems(attn_mask, is_causal, causal)
     problems += bias_problems(attn_mask, query.shape[2], prepared.seqlen_k)
     if problems:
         raise ValueError("; ".join(problems))
     mask, alignment = causal_of(attn_mask, is_causal, causal)
+    order = order_of(query, prepared.head_dim_v)
+    if prepared.rotation == "hadamard":
+        query, scale = rotate(query), scale_of_rotated(query.shape[3], scale)
     output: Tensor = ops.attention_prepared(
         query,
-        *prepared,
+        *prepared[:-1],
         mask,
         alignment,
         scale,
         exponential=recipe.exponential,
-        output_order=order_of(query, prepared.head_dim_v),
+        output_order=order,
     )
     return output
 
@@ -130,10 +142,14 @@ def _require_tensors(**arguments: object) -> None:
 
 def _recipe(name: str, operand: Tensor, config: SageConfig, head_dim: int) -> Recipe:
     """Return the recipe to compute with on the device of ``operand``, which is ``name``."""
+    if operand.dim() != 4:
+        raise ValueError(f"{name} must be 4-D, got {list(operand.shape)}")
     if lack := lack_of_sm90(name, operand.device):
         raise NotImplementedError(lack)
     recipes = {row: resolve_in(row, config, operand.dtype) for row in ALL_PREPARED}
     wanted = {row: recipe.op_kwargs() for row, recipe in recipes.items()}
-    if problems := recipe_problems(wanted, head_dim):
+    problems = recipe_problems(wanted, head_dim)
+    problems += [reason.message for reason in rotation_reasons(operand, config)]
+    if problems:
         raise NotImplementedError("; ".join(problems))
     return recipes[choose_row(config, ALL_PREPARED, operand.dtype, head_dim)]

@@ -1,4 +1,4 @@
-"""Our own roads: the sm90 kernels, exact and mixed exponential, those of mma.sync, and Triton's."""
+"""Our own roads: the sm90 kernels in three ways, those of mma.sync, and Triton's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks.gpu.contender import Calls, Contender, nothing
 from benchmarks.gpu.problem import Problem
 from torch_sage import _extension
 from torch_sage.ops import triton_attention
+from torch_sage.ops.hadamard import rotated
 from torch_sage.ops.triton_attention import Tile
 from torch_sage.recipes import Recipe
 
@@ -58,6 +59,23 @@ def sm90(recipe: Recipe) -> Contender:
             "prepare": lambda: ops.prepare_kv(key, value, **given)[0],
             "copy": lambda: target.copy_(source),
         }
+
+    return Contender(lack_sm90, calls)
+
+
+def sm90_rotated() -> Contender:
+    """Return the Hopper kernels behind the Hadamard rotation of Q and K."""
+
+    def calls(problem: Problem) -> Calls:
+        query, key, value, is_causal = problem
+        causal = "top_left" if is_causal else "none"
+
+        def whole() -> Tensor:
+            q, k, scale = rotated("hadamard", query, key, None)
+            op = torch.ops.torch_sage.sdpa
+            return op(q, k, value, None, causal, scale, **FAST.op_kwargs())
+
+        return {"whole": whole}
 
     return Contender(lack_sm90, calls)
 
@@ -110,6 +128,7 @@ SAGE: dict[str, Contender] = {
     "sage-exact": sm90(replace(FAST, exponential="exact")),
     "sage-accurate": sm90(ACCURATE),
 }
+ROTATED: dict[str, Contender] = {"sage-hadamard": sm90_rotated()}
 MMA: dict[str, Contender] = {
     "mma-bf16": mma("bf16", "k"),
     "mma-bf16-qk": mma("bf16", "qk"),

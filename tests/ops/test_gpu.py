@@ -347,7 +347,7 @@ def test_attention_in_parts_takes_the_row_that_has_parts(
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     recipe = accept(*fakes(), **semantics, config=None)
     assert recipe.name == "int8.token_block/bf16/smooth-k"
-    assert accept(*fakes(torch.float16), **semantics, config=None).pv == "fp16"
+    assert accept(*fakes(torch.float16), **semantics, config=None).recipe.pv == "fp16"
     with pytest.raises(NotImplementedError, match=r"^pv must be one of \['bf16', 'fp16'\] on cuda"):
         accept(*fakes(), **semantics, config=SageConfig(pv="e4m3_fp16"))
     gpu._lack.cache_clear()

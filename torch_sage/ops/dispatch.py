@@ -23,7 +23,7 @@ from torch_sage import _extension
 from torch_sage.config import SageConfig, as_config
 from torch_sage.crossover import prefers_exact
 from torch_sage.devices import rows_of
-from torch_sage.ops import checks, gpu
+from torch_sage.ops import checks, gpu, hadamard
 from torch_sage.ops.checks import Size, known
 from torch_sage.ops.reasons import Reason, ReasonCode
 from torch_sage.ops.rules import wants_gradient
@@ -42,6 +42,7 @@ __all__ = [
     "device_reasons",
     "hint",
     "is_plain",
+    "rotation_reasons",
     "validate",
     "why_not",
 ]
@@ -93,6 +94,7 @@ def why_not(
         return (*reasons, *opaque)
     for problem in _problems(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa):
         reasons.append(Reason(ReasonCode.INVALID_INPUT, problem))
+    reasons += rotation_reasons(query, config)
     q, k, v = as_matrices(query, key, value)
     reasons += _limit_reasons(q, k, v, attn_mask)
     if (
@@ -323,6 +325,12 @@ def device_reasons(
     for problem in checks.recipe_problems(wanted, head_dim):
         reasons.append(Reason(ReasonCode.RECIPE_UNSUPPORTED, problem))
     return reasons
+
+
+def rotation_reasons(query: Tensor, config: SageConfig) -> list[Reason]:
+    """Return why ``query`` and its keys cannot be rotated as ``config`` says."""
+    problems = hadamard.problems(config.rotation, query.shape[-1])
+    return [Reason(ReasonCode.RECIPE_UNSUPPORTED, problem) for problem in problems]
 
 
 def _gradient_reasons(**tensors: Tensor | None) -> list[Reason]:
