@@ -2,9 +2,9 @@
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
 with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, mma,
-packed-mma, triton) behind that leave out the others, and ``--short`` gives a member of the mma.sync family
-each shape once, with another dtype and mode of masking every time: racecheck is slow. Triton's
-kernels run each mode of masking with one dtype, since every combination is compiled anew.
+packed-mma, triton) behind that leave out the others, and ``--short`` gives a member of the mma.sync
+family each shape once, with another dtype and mode of masking every time: racecheck is slow.
+Triton's kernels run each mode of masking with one dtype: every combination is compiled anew.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that memcheck sees what
 lies behind it.
 """
