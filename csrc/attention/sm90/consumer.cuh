@@ -7,6 +7,7 @@
 #include "attention/sm90/config.cuh"
 #include "attention/sm90/mask_tile.cuh"
 #include "attention/sm90/ptx.cuh"
+#include "attention/sm90/result.cuh"
 #include "attention/sm90/wgmma.cuh"
 #include "attention/sm90/work.cuh"
 #include "attention/store.cuh"
@@ -48,7 +49,7 @@ class Consumer {
       max_[0] = max_[1] = -INFINITY;
       poison_ = 0;
       attend();
-      multiply_values(steps_ - 1);
+      multiply_values(length() - 1);
       finish_work(is_live);
     }
   }
@@ -61,7 +62,7 @@ class Consumer {
     float factor[2], old_max[2];
     fetch_mask(skip_);
     wgmma_wait<0>();
-    const int whole_from = C::kHasMask ? skip_ : min(steps_, whole_from_);
+    const int length = this->length(), whole_from = C::kHasMask ? skip_ : min(length, whole_from_);
     if (skip_ < whole_from) {
       exponentiate<true>(skip_, factor);
     } else {
@@ -85,14 +86,14 @@ class Consumer {
       pack<true>(n);
     }
 #pragma unroll 1
-    while (n < steps_) {
+    while (n < length) {
 #pragma unroll 1
       while (true) {
         const bool moved = take_step<false>(n, factor, old_max);
         if (ends_group(n)) break;
         if (moved) rescale(factor);
         pack<false>(n);
-        if (++n == steps_) return;
+        if (++n == length) return;
       }
       promote<true>(n, old_max);
       pack<false>(n);
@@ -123,7 +124,9 @@ class Consumer {
   }
 
   __device__ __forceinline__ void fetch_mask(int n) {
-    if constexpr (C::kHasMask) mask_.fetch(p_, first_key(n), quad_);
+    if constexpr (C::kHasMask) {
+      if (has_mask()) mask_.fetch(p_, first_key(n), quad_);
+    }
   }
 
   // Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
@@ -131,6 +134,15 @@ class Consumer {
     return from == to ? 1.f : exp2_approx((from - to) * kUnit);
   }
 
+  // Of one instantiation, the caller decides.
+  __device__ __forceinline__ bool has_mask() const {
+    return !C::kIsSplit || p_.mask_kind != MaskKind::kNone;
+  }
+
+  // Steps of this piece of work, which are the last of those up to steps_.
+  __device__ __forceinline__ int length() const {
+    return C::kIsSplit ? steps_ - first_step_ : steps_;
+  }
   __device__ __forceinline__ int first_key(int n) const { return (steps_ - 1 - n) * C::kKeys; }
   // Whether the step before n was the last of its value group.
   __device__ __forceinline__ bool ends_group(int n) const {
@@ -145,6 +157,7 @@ class Consumer {
     const Work work = works_[slot_];
     if (!__any_sync(~0u, work.steps > 0)) return false;
     steps_ = __shfl_sync(~0u, work.steps, 0);
+    if constexpr (C::kIsSplit) first_step_ = __shfl_sync(~0u, first_step<C>(p_, work.part), 0);
     last_ = work.keys - 1;
     diagonal_ = work.first_row + row_in_block_ + work.last_key_offset;
     const int place = slot_ * C::kRows + row_in_block_;
@@ -232,7 +245,7 @@ class Consumer {
     float top[2];
     if constexpr (C::kHasMask) {
       add_mask(first_key(n), scale, top);
-      if (n + 1 < steps_) fetch_mask(n + 1);
+      if (n + 1 < length()) fetch_mask(n + 1);
     } else {
       find_top<kHasHidden>(first_key(n), scale, top);
     }
@@ -351,7 +364,11 @@ class Consumer {
       is_poison[h] = scale[h] != scale[h];
       if (is_poison[h]) scale[h] = 0.f;
     }
-    mask_.add(p_, first_key, quad_, scale, s_);
+    if (has_mask()) {
+      mask_.add(p_, first_key, quad_, scale, s_);
+    } else {
+      hide_keys(first_key, scale);
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       top[h] = -INFINITY;
@@ -360,6 +377,22 @@ class Consumer {
 #pragma unroll
         for (int b = 0; b < 2; b++) top[h] = fmaxf(top[h], __int_as_float(s_[4 * j + 2 * h + b]));
       if (is_poison[h] && top[h] != -INFINITY) poison_ |= 1 << h;
+    }
+  }
+
+  // What add_mask does without one.
+  __device__ __forceinline__ void hide_keys(int first_key, const float (&scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int last = last_column(h, first_key);
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; j++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          int& number = s_[4 * j + 2 * h + b];
+          const float logit = __int2float_rn(number) * scale[h];
+          number = __float_as_int(8 * j + 2 * quad_ + b <= last ? logit : -INFINITY);
+        }
     }
   }
 
@@ -523,10 +556,8 @@ class Consumer {
 
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
   __device__ __forceinline__ void finish_work(bool& is_live) {
-    const unsigned last_stage = (count_ + steps_ - 1) % kStages;
-    const Work& work = works_[slot_];
-    const Place place(p_, work.batch, work.head, work.query_start + work.first_row + row_in_block_,
-                      work.query_start + work.rows);
+    const unsigned last_stage = (count_ + length() - 1) % kStages;
+    const Place place = place_of(works_[slot_]);
     __syncwarp();
     if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
     const float top[2] = {max_[0], max_[1]};
@@ -540,7 +571,7 @@ class Consumer {
         shift[h] = lse_shift_[h];
       }
     }
-    count_ += steps_;
+    count_ += length();
     is_live = begin();
     skip_keys(is_live);
     // Without a next piece of work this multiplies stale shared memory; nobody reads the result.
@@ -552,6 +583,12 @@ class Consumer {
     skip_values(is_live);
     hold_output();
     write(place, scales, top, poison, sum, shift);
+  }
+
+  __device__ __forceinline__ Place place_of(const Work& work) const {
+    const int row = work.first_row + row_in_block_;
+    if constexpr (C::kIsSplit) return part_place<C::kWidth>(p_, work, row);
+    return Place(p_, work.batch, work.head, work.query_start + row, work.query_start + work.rows);
   }
 
   __device__ __forceinline__ void write(const Place& place, const float* scales,
@@ -577,23 +614,25 @@ class Consumer {
       const float divisor = fmaf(h ? total.y : total.x, old[h], sum[h]);
       inverse[h] = __fdividef(1.f, divisor) + poison[h];
       if constexpr (C::kHasLse && !C::kSumsExactly) lse_sum[h] = divisor + poison[h];
+      if constexpr (C::kIsSplit) {  // merge_parts divides
+        inverse[h] = 1.f;
+        const float4 sums = {top[h], divisor + poison[h], lse_sum[h], lse_shift[h]};
+        if (quad_ == 0) store_part_sums(p_, place, h, sums);
+      }
     }
     const bool all_attend = __all_sync(~0u, attends[0] && attends[1]);
-    if constexpr (C::kHasLse) {
+    if constexpr (C::kHasLse && !C::kIsSplit) {
       if (p_.lse != nullptr && quad_ == 0) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          // What the biases of a row that has only the least would be as logits of base 2.
-          const float largest = fmaxf(top[h] * kUnit, -kLargestFloat);
-          const float lse =
-              (largest - kOffset + __log2f(lse_sum[h])) * 0.6931471805599453f + lse_shift[h];
+          const float lse = natural_lse(top[h] * kUnit, lse_sum[h], lse_shift[h]);
           store_lse(p_, place, h, attends[h] ? lse : -INFINITY);
         }
       }
     }
     const Results results{
         scales, {sum[0], sum[1]}, {old[0], old[1]}, {inverse[0], inverse[1]}};
-    if (stores_vectors(p_) && all_attend) {
+    if (!C::kIsSplit && stores_vectors(p_) && all_attend) {
       const VectorStore target(p_, place, quad_);
       uint32_t low[2];
       make_results(results, [&](int j, const float (&x)[2][2]) {
@@ -608,7 +647,11 @@ class Consumer {
       make_results(results, [&](int j, float (&x)[2][2]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) x[i / 2][i % 2] = attends[i / 2] ? x[i / 2][i % 2] : 0.f;
-        store_elements(p_, place, j, quad_, x);
+        if constexpr (C::kIsSplit) {
+          store_part_columns<C::kWidth>(place, j, quad_, x);
+        } else {
+          store_elements(p_, place, j, quad_, x);
+        }
       });
     }
   }
@@ -652,6 +695,7 @@ class Consumer {
   }
 
   using ValueProduct = Values<C::kOutputColumns>;
+  static constexpr int kStages = C::kStages;
   static constexpr int kScores = Scores<C::kKeys>::kRegisters;
   // Of maxima, in base-2 logits.
   static constexpr float kUnit = C::kHasMask ? kMaskedUnit : 1.f;
@@ -667,7 +711,7 @@ class Consumer {
   unsigned count_ = 0;        // steps of K and V before this piece of work
   unsigned group_count_ = 0;  // groups of V whose scales were taken
   unsigned work_count_ = 0;
-  int slot_, steps_, skip_, whole_from_;
+  int slot_, steps_, first_step_, skip_, whole_from_;
   int last_, diagonal_;  // the last key there is, and that a causal mask leaves this thread's row
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];

@@ -9,11 +9,11 @@
 
 namespace torch_sage::sm90 {
 
-// K and V of every piece of work, last keys first, through kStages buffers.
+// K and V of every piece of work, last keys first, through C::kStages buffers.
 template <class C>
 __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, uint32_t base,
                                                       Barriers<C> barriers, const Work* works) {
-  constexpr int kScaleBytes = C::kWidth * 4;
+  constexpr int kScaleBytes = C::kWidth * 4, kStages = C::kStages;
   if (p.follows_prepare) wait_for_previous_kernel();
   int count = 0, group_count = 0;
   for (int i = 0;; i++) {
@@ -28,7 +28,8 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const float* key_scales = p.kv.key_scales + tile * 2;
     const float* value_scales = p.kv.value_scales + first_group * C::kWidth;
     const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
-    for (int step = work.steps - 1; step >= 0; step--, count++) {
+    const int first = first_step<C>(p, work.part);
+    for (int step = work.steps - 1; step >= first; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
       barrier_expect(barriers.key_full(stage), C::kKeyBytes + 16);
