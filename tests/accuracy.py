@@ -73,9 +73,7 @@ def make_data(kind: str, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor, Tensor]:
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
-def measure(
-    data: tuple[Tensor, Tensor, Tensor], rotation: str = "none", **recipe: Any
-) -> Accuracy:
+def measure(data: tuple[Tensor, Tensor, Tensor], rotation: str = "none", **recipe: Any) -> Accuracy:
     """Return the error of a recipe on ``data``, relative to fp64 attention."""
     exact = exact_attention(*data).output
     *turned, scale = rotated(rotation, *data[:2], None)

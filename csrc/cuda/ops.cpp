@@ -131,7 +131,8 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   launch_prepare_kv(params, stream);
 }
 
-// Whether a thread may read the elements of a row 16 bytes at a time.
+// Whether a thread may read the elements of a row 16 bytes at a time. torch_sage/ops/dispatch.py
+// (_is_ragged) guesses this from the hints of sizes, before there is an address, to judge speed.
 bool is_dense(const Mask& mask) {
   const int64_t bytes = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
   const auto is_aligned = [=](int64_t elements) { return elements * bytes % 16 == 0; };

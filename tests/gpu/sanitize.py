@@ -2,8 +2,9 @@
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
 with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, split,
-mma, packed-mma) behind that leave out the others, and ``--short`` gives a member of the mma.sync
-family each shape once, with another dtype and mode of masking every time: racecheck is slow.
+mma, packed-mma, triton) behind that leave out the others, and ``--short`` gives a member of the
+mma.sync family each shape once, with another dtype and mode of masking every time: racecheck is
+slow. Triton's kernels run each mode of masking with one dtype: every combination is compiled anew.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that memcheck sees what
 lies behind it.
 """
@@ -127,6 +128,19 @@ def call_rotary(shape: Shape, dtype: torch.dtype, causal: str) -> None:
         use(OPS.rotary_sdpa(*operands, pairing=pairing, **recipe))
 
 
+def call_triton(dtype: torch.dtype, causal: str) -> None:
+    """Run Triton's kernels, which the library calls for recipes that are none of its own."""
+    q, k, v = (
+        torch.randn(1, heads, tokens, 64, device="cuda").to(dtype)
+        for heads, tokens in ((4, 200), (2, 300), (2, 300))
+    )
+    recipe = SUPPORT["cuda"].default.op_kwargs()
+    use(*OPS.sdpa_with_lse(q, k, v, None, causal, **recipe))
+    if causal == "none":
+        use(OPS.sdpa(q, k, v, torch.rand(200, 300, device="cuda") > 0.5, **recipe))
+    call_packed(recipe, (200, 300, 64, 64), dtype, causal)
+
+
 def call_split(shape: Shape, dtype: torch.dtype, causal: str) -> None:
     """Run few queries on prepared keys, whose heads are packed or not, with masks and without."""
     n, m, d, dv = shape
@@ -157,7 +171,7 @@ BY_MEMBER: dict[str, Callable[[Member, Shape, torch.dtype, str], None]] = {
     "mma": call_mma,
     "packed-mma": call_packed_mma,
 }
-FAMILIES = [*HOPPER, *BY_MEMBER]
+FAMILIES = [*HOPPER, *BY_MEMBER, "triton"]
 
 
 def main() -> None:
@@ -175,6 +189,10 @@ def main() -> None:
             shapes = SHAPES_OF.get(family, (*SHAPES, WIDE))
             for shape, mode in itertools.product(shapes, modes):
                 HOPPER[family](shape, *mode)
+            continue
+        if family == "triton":
+            for dtype, causal in zip(DTYPES, CAUSAL, strict=True):
+                call_triton(dtype, causal)
             continue
         for i, shape in enumerate((*SHAPES, WIDE)):
             for j, member in enumerate(MEMBERS):

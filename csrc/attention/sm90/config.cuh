@@ -87,7 +87,8 @@ struct Config {
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
   static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
   static constexpr int kWorkAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;
-  static constexpr int kBarrierAt = kWorkAt + 2 * kWorkBytes;
+  // Of the work in both slots, and of the next that waits for one.
+  static constexpr int kBarrierAt = kWorkAt + 3 * kWorkBytes;
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
   static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;

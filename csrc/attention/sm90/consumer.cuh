@@ -69,7 +69,11 @@ class Consumer {
       exponentiate<false>(skip_, factor);
     }
     release_keys(skip_);
-    pack();
+    if (skip_ < whole_from) {
+      pack<true>(skip_);
+    } else {
+      pack<false>(skip_);
+    }
     int n = skip_ + 1;
 #pragma unroll 1
     for (; n < whole_from; n++) {
@@ -79,7 +83,7 @@ class Consumer {
       } else if (moved) {
         rescale(factor);
       }
-      pack();
+      pack<true>(n);
     }
 #pragma unroll 1
     while (n < length) {
@@ -89,11 +93,11 @@ class Consumer {
         moved = take_step<false>(n, factor, old_max);
         if (ends_group(n)) break;
         if (moved) rescale(factor);
-        pack();
+        pack<false>(n);
         if (++n == length) return;
       }
       end_group<true>(n, old_max, moved, factor);
-      pack();
+      pack<false>(n);
       n++;
     }
   }
@@ -281,8 +285,9 @@ class Consumer {
 
   // Of this thread's row, or of the other one, 8 below.
   __device__ __forceinline__ int last_key_of(int h) const { return min(last_, diagonal_ + 8 * h); }
+  // As a column of a step, counted from the first that this thread has.
   __device__ __forceinline__ int last_column(int h, int first_key) const {
-    return last_key_of(h) - first_key;
+    return last_key_of(h) - first_key - 2 * quad_;
   }
 
   // The maxima of this thread's scores, from the integers: all have one K scale.
@@ -293,13 +298,13 @@ class Consumer {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
-        int largest = kHiddenScore;
+        int even = kHiddenScore, odd = kHiddenScore;
 #pragma unroll
-        for (int j = 0; j < C::kKeys / 8; j++)
-#pragma unroll
-          for (int b = 0; b < 2; b++)
-            largest =
-                max(largest, 8 * j + 2 * quad_ + b <= last ? s_[4 * j + 2 * h + b] : kHiddenScore);
+        for (int j = 0; j < C::kKeys / 8; j++) {
+          if (8 * j <= last) even = max(even, s_[4 * j + 2 * h]);
+          if (8 * j + 1 <= last) odd = max(odd, s_[4 * j + 2 * h + 1]);
+        }
+        const int largest = max(even, odd);
         const bool sees = largest != kHiddenScore;
         top[h] = sees ? static_cast<float>(largest) * scale[h] : -INFINITY;
         if (sees && key_scale_ != key_scale_) poison_ |= 1 << h;
@@ -339,7 +344,8 @@ class Consumer {
           s_[i] = __float_as_int(is_exact(j) ? exp2_approx(fmaf(score, scale[h], exact[h]))
                                              : fmaf(score, slope[h], linear[h]));
         }
-    if constexpr (kHasHidden) {
+    // Others are hidden once they are codes (pack), which takes fewer instructions.
+    if constexpr (kHasHidden && !kHidesCodes) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
@@ -347,8 +353,7 @@ class Consumer {
         for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
           for (int b = 0; b < 2; b++)
-            if (8 * j + 2 * quad_ + b > last)
-              s_[4 * j + 2 * h + b] = __float_as_int(is_exact(j) ? 0.f : -INFINITY);
+            if (8 * j + b > last) s_[4 * j + 2 * h + b] = 0;
       }
     }
   }
@@ -414,12 +419,23 @@ class Consumer {
     return (block >> 1 & 3) < C::kExactColumns;
   }
 
-  __device__ __forceinline__ void pack() {
+  // P of step n as codes.
+  template <bool kHasHidden>
+  __device__ __forceinline__ void pack(int n) {
     if constexpr (C::kValues == ValueFormat::kBf16) {
 #pragma unroll
       for (int i = 0; i < kScores / 2; i++)
         p_codes_[i] = pack_bf16(__int_as_float(s_[2 * i]), __int_as_float(s_[2 * i + 1]));
       return;
+    }
+    // Codes of 16 columns stand in a register: bits that the visible ones take, counted on.
+    [[maybe_unused]] int visible_bits[2];
+    if constexpr (kHasHidden && kHidesCodes) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int count = last_column(h, first_key(n)) + 1;
+        visible_bits[h] = (count >> 4) * 32 + (count & 8) * 2 + min(count & 7, 2) * 8;
+      }
     }
 #pragma unroll
     for (int q = 0; q < C::kKeys / 16; q++)
@@ -431,6 +447,8 @@ class Consumer {
                     d = __int_as_float(s_[8 * q + 5 + 2 * h]);
         p_codes_[2 * q + h] =
             is_exact(2 * q) ? pack_e4m3(a, b, c, d) : pack_u8(a, b, pack_u8(c, d, 0));
+        if constexpr (kHasHidden && kHidesCodes)
+          p_codes_[2 * q + h] &= lowest_bits(visible_bits[h] - 32 * q);
       }
   }
 
@@ -674,38 +692,67 @@ class Consumer {
         }
       }
     }
+    const Results results{scales, {sum[0], sum[1]}, {old[0], old[1]}, {inverse[0], inverse[1]}};
+    if (!C::kIsSplit && stores_vectors(p_) && all_attend) {
+      const VectorStore target(p_, place, quad_);
+      uint32_t low[2];
+      make_results(results, [&](int j, const float (&x)[2][2]) {
+        uint32_t pairs[2];
 #pragma unroll
-    for (int j0 = 0; j0 < C::kWidth / 8; j0 += 4) {
-      float x[2][4][2];
+        for (int h = 0; h < 2; h++) pairs[h] = pack_halves(p_.dtype, x[h][0], x[h][1]);
+        if (j % 2 == 1) target.store(j - 1, low, pairs);
+        low[0] = pairs[0];
+        low[1] = pairs[1];
+      });
+    } else {
+      make_results(results, [&](int j, float (&x)[2][2]) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const int j = j0 + k;
-        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-        float4 y = make_float4(0, 0, 0, 0);
-        if constexpr (C::kHasGroupSums) {
-          const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
-          y = {shift.x * sum[0], shift.y * sum[0], shift.x * sum[1], shift.y * sum[1]};
-          if (buffer_is_used_) {
-            const float4 before = sums(j);
-            y = {fmaf(before.x, old[0], y.x), fmaf(before.y, old[0], y.y),
-                 fmaf(before.z, old[1], y.z), fmaf(before.w, old[1], y.w)};
-          }
+        for (int i = 0; i < 4; i++) x[i / 2][i % 2] = attends[i / 2] ? x[i / 2][i % 2] : 0.f;
+        if constexpr (C::kIsSplit) {
+          store_part_columns<C::kWidth>(place, j, quad_, x);
+        } else {
+          store_elements(p_, place, j, quad_, x);
         }
-        x[0][k][0] = dequantize(4 * j, scale.x, y.x) * inverse[0];
-        x[0][k][1] = dequantize(4 * j + 1, scale.y, y.y) * inverse[0];
-        x[1][k][0] = dequantize(4 * j + 2, scale.x, y.z) * inverse[1];
-        x[1][k][1] = dequantize(4 * j + 3, scale.y, y.w) * inverse[1];
-      }
-      if (!all_attend) {
+      });
+    }
+  }
+
+  // What makes results of sums: of the last group its scales and sums of P, of those before it the
+  // factors of their sums, and the inverse of the sum of P over all.
+  struct Results {
+    const float* scales;
+    float sum[2], old[2], inverse[2];
+  };
+  struct Columns {
+    float2 scale, shift;
+    float4 before;  // sums of finished groups
+  };
+  __device__ __forceinline__ Columns load_columns(int j, const float* scales) const {
+    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+    if constexpr (!C::kHasGroupSums) return {scale, {}, {}};
+    return {scale, *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j),
+            buffer_is_used_ ? sums(j) : make_float4(0, 0, 0, 0)};
+  }
+
+  // Hands x[h][b] of every block of 8 columns to `store`, what the next one needs on its way.
+  template <typename Store>
+  __device__ __forceinline__ void make_results(const Results& r, Store store) const {
+    Columns next = load_columns(0, r.scales);
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-          x[i / 8][i / 2 % 4][i % 2] = attends[i / 8] ? x[i / 8][i / 2 % 4][i % 2] : 0.f;
-      }
-      if constexpr (C::kIsSplit) {
-        store_part_columns<C::kWidth>(place, j0, quad_, x);
-      } else {
-        store_columns(p_, place, j0, quad_, x);
-      }
+    for (int j = 0; j < C::kWidth / 8; j++) {
+      const auto [scale, shift, before] = next;
+      if (j + 1 < C::kWidth / 8) next = load_columns(j + 1, r.scales);
+      float4 y{};
+      if constexpr (C::kHasGroupSums)
+        y = {fmaf(before.x, r.old[0], shift.x * r.sum[0]),
+             fmaf(before.y, r.old[0], shift.y * r.sum[0]),
+             fmaf(before.z, r.old[1], shift.x * r.sum[1]),
+             fmaf(before.w, r.old[1], shift.y * r.sum[1])};
+      float x[2][2] = {{dequantize(4 * j, scale.x, y.x) * r.inverse[0],
+                        dequantize(4 * j + 1, scale.y, y.y) * r.inverse[0]},
+                       {dequantize(4 * j + 2, scale.x, y.z) * r.inverse[1],
+                        dequantize(4 * j + 3, scale.y, y.w) * r.inverse[1]}};
+      store(j, x);
       // Keeps the blocks apart: all at once need more registers than there are.
       asm volatile("" ::: "memory");
     }
@@ -714,6 +761,9 @@ class Consumer {
   using ValueProduct = Values<C::kOutputColumns, C::kValues>;
   static constexpr int kStages = C::kStages;
   static constexpr int kScores = Scores<C::kKeys>::kRegisters;
+  // Whether hidden keys are hidden once their P is a code, which takes fewer instructions; the
+  // exact sum must not have them before.
+  static constexpr bool kHidesCodes = C::kHasGroupSums && !C::kSumsExactly;
   static constexpr float kLogTop = kOffset<C::kValues>, kLogLag = kLag<C::kValues>;
   // Of maxima, in base-2 logits.
   static constexpr float kUnit = C::kHasMask ? kMaskedUnit : 1.f;

@@ -33,17 +33,14 @@ __device__ __forceinline__ void store_part_sums(const AttentionParams& p, const 
   if (8 * h < place.rows) p.parts.sums[place.row_of_lse + 8 * h] = sums;
 }
 
-// Writes x[h][k][b]: row 8 h below, column 8 (block + k) + 2 quad + b of the thread's quad.
+// Writes x[h][b]: row 8 h below, column 8 block + 2 quad + b of the thread's quad.
 template <int kWidth>
 __device__ __forceinline__ void store_part_columns(const Place& place, int block, int quad,
-                                                   const float (&x)[2][4][2]) {
+                                                   const float (&x)[2][2]) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    float* to = reinterpret_cast<float*>(place.output) + 8 * h * kWidth + 2 * quad;
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-      if (8 * h < place.rows)
-        *reinterpret_cast<float2*>(to + 8 * (block + k)) = make_float2(x[h][k][0], x[h][k][1]);
+    float* to = reinterpret_cast<float*>(place.output) + 8 * h * kWidth + 8 * block + 2 * quad;
+    if (8 * h < place.rows) *reinterpret_cast<float2*>(to) = make_float2(x[h][0], x[h][1]);
   }
 }
 
