@@ -16,7 +16,7 @@ constexpr float kOffset = 6.f, kLag = 1.75f;
 constexpr float kCodeOfOne = 56.f + 0x1p-8f;
 constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
 constexpr uint32_t kOneCodes = 0x28282828u;
-constexpr int kWorkBytes = 48;  // of a piece of work, in shared memory
+constexpr int kWorkBytes = 64;  // of a piece of work, in shared memory
 
 enum class Mode {
   kMixed,   // no mask, no LSE; part of the exponentials by the linear mantissa
@@ -67,8 +67,7 @@ struct Config {
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + 2 * kRows * kWidth;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyBytes;
-  static constexpr int kKeyScaleAt = kValueAt + kStages * kValueBytes;
-  static constexpr int kQueryScaleAt = kKeyScaleAt + kStages * 16;
+  static constexpr int kQueryScaleAt = kValueAt + kStages * kValueBytes;
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
   static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
   static constexpr int kWorkAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;

@@ -101,9 +101,8 @@ class Consumer {
     }
   }
 
-  // Lets the keys of step n and their scales be overwritten.
+  // Lets the keys of step n be overwritten.
   __device__ __forceinline__ void release_keys(int n) const {
-    __syncwarp();  // all lanes have read their scale
     if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
   }
 
@@ -160,6 +159,7 @@ class Consumer {
     if constexpr (C::kIsSplit) first_step_ = __shfl_sync(~0u, first_step<C>(p_, work.part), 0);
     last_ = work.keys - 1;
     diagonal_ = work.first_row + row_in_block_ + work.last_key_offset;
+    first_scale_ = work.first_scale + quad_;
     const int place = slot_ * C::kRows + row_in_block_;
     const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
     query_scale_[0] = scales[0] * (1.f / kUnit);
@@ -210,7 +210,8 @@ class Consumer {
     const unsigned count = count_ + n, stage = count % kStages;
     if (waits) {
       barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
-      key_scale_ = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt + stage * 16)[quad_];
+      // Which the producer has waited for as for the keys.
+      key_scale_ = p_.kv.key_scales[first_scale_ + first_key(n) / kKeyBlock128 * 4];
     }
     const uint64_t keys =
         descriptor<kPieceBytes<C::kWidth>>(base_ + C::kKeyAt + stage * C::kKeyBytes);
@@ -712,6 +713,7 @@ class Consumer {
   unsigned group_count_ = 0;  // groups of V whose scales were taken
   unsigned work_count_ = 0;
   int slot_, steps_, first_step_, skip_, whole_from_;
+  int first_scale_;      // of the keys, of this thread's four
   int last_, diagonal_;  // the last key there is, and that a causal mask leaves this thread's row
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];

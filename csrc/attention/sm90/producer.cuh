@@ -25,19 +25,16 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const int64_t first_group = head * p.kv.groups + work.first_group;
     const int8_t* keys = p.kv.key_codes + tile * (kKeyTile * C::kWidth);
     const uint8_t* values = p.kv.value_codes + tile * (kKeyTile * C::kWidth);
-    const float* key_scales = p.kv.key_scales + tile * 2;
     const float* value_scales = p.kv.value_scales + first_group * C::kWidth;
     const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
     const int first = first_step<C>(p, work.part);
     for (int step = work.steps - 1; step >= first; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
-      barrier_expect(barriers.key_full(stage), C::kKeyBytes + 16);
+      barrier_expect(barriers.key_full(stage), C::kKeyBytes);
       copy_to_shared(base + C::kKeyAt + stage * C::kKeyBytes,
                      keys + static_cast<int64_t>(step) * C::kKeyBytes, C::kKeyBytes,
                      barriers.key_full(stage));
-      copy_to_shared(base + C::kKeyScaleAt + stage * 16,
-                     key_scales + step * C::kKeys / kKeyBlock128 * 4, 16, barriers.key_full(stage));
       const bool starts_group =
           step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
