@@ -123,19 +123,12 @@ class Consumer {
   }
 
   __device__ __forceinline__ void fetch_mask(int n) {
-    if constexpr (C::kHasMask) {
-      if (has_mask()) mask_.fetch(p_, first_key(n), quad_);
-    }
+    if constexpr (C::kHasMask) mask_.fetch(p_, first_key(n), quad_);
   }
 
   // Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
   __device__ __forceinline__ static float decay(float from, float to) {
     return from == to ? 1.f : exp2_approx((from - to) * kUnit);
-  }
-
-  // Of one instantiation, the caller decides.
-  __device__ __forceinline__ bool has_mask() const {
-    return !C::kIsSplit || p_.mask_kind != MaskKind::kNone;
   }
 
   // Steps of this piece of work, which are the last of those up to steps_.
@@ -365,11 +358,7 @@ class Consumer {
       is_poison[h] = scale[h] != scale[h];
       if (is_poison[h]) scale[h] = 0.f;
     }
-    if (has_mask()) {
-      mask_.add(p_, first_key, quad_, scale, s_);
-    } else {
-      hide_keys(first_key, scale);
-    }
+    mask_.add(p_, first_key, quad_, scale, s_);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       top[h] = -INFINITY;
@@ -378,22 +367,6 @@ class Consumer {
 #pragma unroll
         for (int b = 0; b < 2; b++) top[h] = fmaxf(top[h], __int_as_float(s_[4 * j + 2 * h + b]));
       if (is_poison[h] && top[h] != -INFINITY) poison_ |= 1 << h;
-    }
-  }
-
-  // What add_mask does without one.
-  __device__ __forceinline__ void hide_keys(int first_key, const float (&scale)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int last = last_column(h, first_key);
-#pragma unroll
-      for (int j = 0; j < C::kKeys / 8; j++)
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-          int& number = s_[4 * j + 2 * h + b];
-          const float logit = __int2float_rn(number) * scale[h];
-          number = __float_as_int(8 * j + 2 * quad_ + b <= last ? logit : -INFINITY);
-        }
     }
   }
 
@@ -631,8 +604,7 @@ class Consumer {
         }
       }
     }
-    const Results results{
-        scales, {sum[0], sum[1]}, {old[0], old[1]}, {inverse[0], inverse[1]}};
+    const Results results{scales, {sum[0], sum[1]}, {old[0], old[1]}, {inverse[0], inverse[1]}};
     if (!C::kIsSplit && stores_vectors(p_) && all_attend) {
       const VectorStore target(p_, place, quad_);
       uint32_t low[2];

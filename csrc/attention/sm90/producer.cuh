@@ -109,7 +109,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   constexpr int kBytes = kIsWide ? 4 : 2;
   constexpr int kChunks = C::kIsWide ? 1 : 2;      // of 8 columns, per thread
   constexpr int kLanes = C::kWidth / 8 / kChunks;  // threads of a row
-  static_assert(C::kRows % (32 / kLanes) == 0);    // warps leave the loop as one
+  static_assert(C::kRows % (32 / kLanes) == 0);
   constexpr int kStride = kQueryThreads / kLanes;
   const int part = thread % kLanes;
   const char* rows = static_cast<const char*>(p.query) +
@@ -140,9 +140,13 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
       return x[c];
     }
   };
+  // Of few rows none but those are quantized; warps leave the loop as one.
+  constexpr int kRowsOfWarp = 32 / kLanes;
+  const int end =
+      C::kIsSplit ? (valid_rows + kRowsOfWarp - 1) / kRowsOfWarp * kRowsOfWarp : C::kRows;
   fetch_next(thread / kLanes);
 #pragma unroll 1
-  for (int row = thread / kLanes; row < C::kRows; row += kStride) {
+  for (int row = thread / kLanes; row < end; row += kStride) {
     if constexpr (!kIsWide) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) x[c] = next[c];
@@ -178,6 +182,14 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
 #pragma unroll
       for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
       if (part == 0) shifts[row] = dot * p.scale;
+    }
+  }
+  if constexpr (C::kIsSplit) {
+    constexpr int kEights = C::kWidth / 8;
+    for (int i = end * kEights + thread; i < C::kRows * kEights; i += kQueryThreads) {
+      const int row = i / kEights, column = i % kEights * 8;
+      *reinterpret_cast<uint2*>(codes + image_place<C::kWidth>(row, column)) = make_uint2(0, 0);
+      if (column == 0) scales[row] = shifts[row] = 0.f;
     }
   }
 }
