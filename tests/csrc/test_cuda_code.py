@@ -137,9 +137,8 @@ def test_hopper_has_its_instructions_and_a_loop_without_local_memory(source):
     assert len(consumer) < len(code)  # the producer's comes behind
     loop = [consumer[i].opcode for i in sass.main_loop(consumer, products)]
     assert not sass.SPILLS & set(loop)
-    if not re.search("masked|split", source.name):  # which have all kinds of masks in them
-        # The common case alone, but for the seldom rescaling of twice the registers.
-        assert len(loop) < (560 if "bf16" in source.name else 500)
+    if "masked" not in source.name:  # which has all kinds of masks in it
+        assert len(loop) < 600  # the common case alone: a promotion has as many
 
 
 def products(member: sass.Member, architecture: str) -> Counter[str]:
