@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.bench_attention import fit_crossover
 from benchmarks.gpu import timing
-from benchmarks.gpu.sage import RECIPE
+from benchmarks.gpu.sage import ACCURATE, FAST
 from benchmarks.shapes import Shape
+from torch_sage.recipes import Recipe
 
 BACKENDS = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 MASKS = ("full", "causal", "masked")
@@ -71,7 +72,7 @@ def milliseconds(run: Callable[[], Tensor], seconds: float) -> float:
     return statistics.median(timing.turn(run, seconds).times)
 
 
-def measure(shape: Shape, kind: str, seconds: float) -> dict[str, float]:
+def measure(shape: Shape, kind: str, seconds: float, recipe: Recipe) -> dict[str, float]:
     """Return the milliseconds of every contender."""
 
     def normal(heads: int, tokens: int) -> Tensor:
@@ -85,9 +86,7 @@ def measure(shape: Shape, kind: str, seconds: float) -> dict[str, float]:
         mask = torch.rand(shape.seqlen_q, shape.seqlen_k, device="cuda") > 0.3
     causal = "top_left" if shape.is_causal else "none"
     calls = exact(q, k, v, mask, shape.is_causal)
-    calls["sage"] = lambda: torch.ops.torch_sage.sdpa(
-        q, k, v, mask, causal, **RECIPE, exponential="mixed"
-    )
+    calls["sage"] = lambda: torch.ops.torch_sage.sdpa(q, k, v, mask, causal, **recipe.op_kwargs())
     calls["sage"]()
     return {name: milliseconds(run, seconds) for name, run in calls.items()}
 
@@ -104,14 +103,16 @@ def main() -> None:
         help="of one rule: see crossover.WIDTHS",
     )
     parser.add_argument("--kinds", nargs="+", choices=MASKS, default=MASKS)
+    parser.add_argument("--accurate", action="store_true", help="of the recipe with P in bf16")
     parser.add_argument("--json", type=Path, help="write every time")
     arguments = parser.parse_args()
+    recipe = ACCURATE if arguments.accurate else FAST
     records = []
     with torch.inference_mode():
         for kind in arguments.kinds:
             measured = []
             for shape in shapes(arguments.head_dims, kind == "causal"):
-                times = measure(shape, kind, arguments.seconds)
+                times = measure(shape, kind, arguments.seconds, recipe)
                 speedup = min(ms for name, ms in times.items() if name != "sage") / times["sage"]
                 measured.append((shape, speedup))
                 records.append({"shape": shape._asdict(), "kind": kind, "milliseconds": times})

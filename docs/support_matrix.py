@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from docs.support_table import table
-from torch_sage.recipes import SUPPORT
+from torch_sage.recipes import ALL_PREPARED, SUPPORT
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support_matrix.md"
@@ -32,6 +32,7 @@ FILES = {
         "tests/gpu/test_sm90_torch.py",
         "tests/gpu/test_sm90_large.py",
         "tests/gpu/test_sm90_prepared.py",
+        "tests/gpu/test_sm90_half.py",
         "tests/gpu/test_varlen.py",
     ),
     "mma.sync": (
@@ -64,8 +65,10 @@ def kernels() -> str:
     """Return which member runs at which width on which generation of GPUs."""
     rows = []
     for width in WIDTHS:
-        if width <= SUPPORT["cuda.sm90"].max_head_dim:
-            rows.append(("int8.token_thread", "e4m3_fp16", width, "", "", "", RUN, ""))
+        for row in ALL_PREPARED:
+            if width <= SUPPORT[row].max_head_dim:
+                (pv,) = SUPPORT[row].pv
+                rows.append(("int8.token_thread", pv, width, "", "", "", RUN, ""))
         for qk in SUPPORT["cuda.sm89"].qk:
             for pv in SUPPORT["cuda.sm89"].pv:
                 ampere = CODE if pv in SUPPORT["cuda.sm80"].pv else ""

@@ -137,9 +137,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "preset": ({"config": "sage9"}, ValueError, "config must name one of"),
     "config": ({"config": 3}, TypeError, "config must be a SageConfig, a preset name or None"),
     "recipe": (
-        {"config": SageConfig(pv="half", smooth_q=True)},
+        {"config": SageConfig(pv="fp16", smooth_q=True)},
         NotImplementedError,
-        "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'half'; smooth must be one of ['', 'k'",
+        "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'fp16' and smooth must be one of",
+    ),
+    "other values": (
+        {"config": SageConfig(pv="bf16")},
+        ValueError,
+        "prepared must have values in bf16, got e4m3_fp16",
     ),
     "device": (
         {"query": torch.empty(B, HQ, N, D)},

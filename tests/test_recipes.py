@@ -95,7 +95,7 @@ def test_half_is_the_16_bit_type_of_the_operands() -> None:
 def test_paper_presets_on_the_cpu() -> None:
     resolved = {name: resolve(preset, CPU, BF16, 64) for name, preset in PRESETS.items()}
     runs = [name for name, recipe in resolved.items() if SUPPORT["cpu"].allows(recipe)]
-    assert runs == ["auto", "sage1"]
+    assert runs == ["auto", "accurate", "sage1"]
     assert resolved["sage2_4b"] == Recipe("int4", "thread", "e4m3", "qk")
 
 
@@ -122,7 +122,9 @@ def test_name_and_op_arguments() -> None:
 
 
 LEFT_TO_MMA: list[tuple[str, dict[str, Any]]] = [
-    ("cuda.sm80", {"pv": "half"}),
+    ("cuda.sm80", {"pv": "fp16"}),
+    ("cuda.sm80", {"pv": "half", "granularity": "thread"}),
+    ("cuda.sm80", {"pv": "half", "smooth_v": True}),
     ("cuda.sm80", {"qk": "int4"}),
     ("cuda.sm80", {"smooth_q": True}),
     ("cuda.sm80", {"granularity": "tensor"}),
@@ -133,7 +135,8 @@ LEFT_TO_MMA: list[tuple[str, dict[str, Any]]] = [
 
 def test_hopper_prefers_its_own_row(hopper: None) -> None:
     own, triton = (SUPPORT[row] for row in ("cuda.sm90", "cuda"))
-    assert devices.rows_of(CUDA) == ("cuda.sm90", "cuda.sm80", "cuda.sm89", "cuda")
+    own_rows = ("cuda.sm90", "cuda.sm90.half")
+    assert devices.rows_of(CUDA) == (*own_rows, "cuda.sm80", "cuda.sm89", "cuda")
     assert resolve(SageConfig(), CUDA, BF16, 64) == own.default
     for dtype in FLOAT_DTYPES:
         assert resolve(SageConfig(pv="e4m3_fp16", smooth_v=False), CUDA, dtype, 64).smooth == "k"
@@ -146,7 +149,12 @@ def test_hopper_prefers_its_own_row(hopper: None) -> None:
     for granularity in ("token", "token_block"):
         chosen = resolve(SageConfig(granularity=granularity), CUDA, BF16, 64)
         assert chosen == replace(triton.default, granularity=granularity)
-    assert resolve(SageConfig(pv="half"), CUDA, torch.float16, 64).pv == "fp16"
+    accurate = SUPPORT["cuda.sm90.half"].default
+    assert accurate.name == "int8.token_thread/bf16/smooth-k"
+    for dtype in FLOAT_DTYPES:  # 16 bits are bf16 there
+        assert resolve(PRESETS["accurate"], CUDA, dtype, 128) == accurate
+    wide = resolve(PRESETS["accurate"], CUDA, torch.float16, 129)
+    assert wide == replace(SUPPORT["cuda.sm80"].default, pv="fp16")
     assert resolve(PRESETS["sage1"], CUDA, BF16, 64) == Recipe("int8", "block", "bf16", "k")
     assert resolve(SageConfig(), CPU, BF16, 64) == SUPPORT["cpu"].default
 
@@ -203,7 +211,7 @@ def test_every_other_gpu_has_rows_by_its_capability(
     [
         ({}, (9, 0), []),
         ({"sm90": ("9.0",)}, (8, 9), []),
-        ({"sm90": ("9.0",)}, (9, 0), ["cuda.sm90"]),
+        ({"sm90": ("9.0",)}, (9, 0), ["cuda.sm90", "cuda.sm90.half"]),
         ({"sm80": ("8.0", "8.9")}, (8, 9), ["cuda.sm80"]),
         ({"sm80": ("8.9",), "sm89": ("8.9",)}, (8, 0), []),
         ({"sm80": ("12.0",)}, (12, 0), ["cuda.sm80"]),
@@ -260,7 +268,8 @@ def test_gpus_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_by_type_of_device() -> None:
     assert rows_of_type("cpu") == rows_of_type("cpu", parts=True) == ("cpu",)
-    assert rows_of_type("cuda") == ("cuda", "cuda.sm90", "cuda.sm80", "cuda.sm89", "cuda.sm120")
+    own = ("cuda", "cuda.sm90", "cuda.sm90.half", "cuda.sm80", "cuda.sm89", "cuda.sm120")
+    assert rows_of_type("cuda") == own
     assert rows_of_type("cuda", parts=True) == ("cuda",)
     assert rows_of_type("meta") == tuple(SUPPORT)
     assert rows_of_type("meta", parts=True) == ("cpu", "cuda")
@@ -282,6 +291,9 @@ def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
     assert problem.split(", or ") == [
         "pv must be one of ['bf16', 'fp16'] on cuda, got 'e4m3_fp16'",
         "granularity must be one of ['token_thread'] on cuda.sm90, got 'token'",
+        "granularity must be one of ['token_thread'] on cuda.sm90.half, got 'token' and "
+        "pv must be one of ['bf16'] on cuda.sm90.half, got 'e4m3_fp16' and "
+        "smooth must be one of ['', 'k'] on cuda.sm90.half, got 'kv'",
         "granularity must be one of ['thread', 'warp', 'block', 'tensor'] on cuda.sm80, "
         "got 'token' and pv must be one of ['bf16', 'fp16', 'fp16_fp16'] on cuda.sm80, "
         "got 'e4m3_fp16'",
@@ -295,6 +307,7 @@ def test_a_recipe_must_be_one_rows_as_a_whole() -> None:
     assert problem.split(", or ") == [
         "qk must be one of ['int8'] on cuda, got 'int2'",
         "qk must be one of ['int8'] on cuda.sm90, got 'int2'",
+        "qk must be one of ['int8'] on cuda.sm90.half, got 'int2'",
         "qk must be one of ['int8', 'int4'] on cuda.sm80, got 'int2'",
         "qk must be one of ['int8', 'int4'] on cuda.sm89, got 'int2'",
         "qk must be one of ['int8', 'int4'] on cuda.sm120, got 'int2'",

@@ -170,11 +170,13 @@ def test_values_that_are_not_finite_poison_rows_that_reach_their_group(precision
     ("change", "message"),
     [
         ({"value_group": 0}, "value_group must be at least 1, got 0"),
-        ({"pv": "e4m3"}, "pv must be 'e4m3_fp16' with value_group=96, got 'e4m3'"),
-        ({"exponential": "fast"}, "exponential must be one of ['exact', 'mixed'] with value_g"),
+        ({"pv": "e4m3"}, "pv must be one of ['e4m3_fp16', 'bf16'] with value_group=96, got 'e4m3'"),
+        ({"pv": "bf16", "exponential": "mixed"}, "exponential must be one of ['exact'] with pv='b"),
+        ({"pv": "bf16", "accumulator": "fp16"}, "accumulator must be 'fp32'"),
+        ({"exponential": "fast"}, "exponential must be one of ['exact', 'mixed'] with pv='"),
         (
             {"value_group": None, "exponential": "mixed"},
-            "exponential must be one of ['exact'] with value_group=None, got 'mixed'",
+            "exponential must be one of ['exact'] with pv='e4m3_fp16' and value_group=None, got 'm",
         ),
         ({"accumulator": "fp32"}, "accumulator must be 'fp16'"),
         ({"two_level": False}, "accumulator must be 'fp16'"),

@@ -36,9 +36,9 @@ class SageConfig:
     and ``token_block`` likewise."""
 
     pv: PVFormat = "auto"
-    """Format of P and V: ``half`` is the 16-bit type of the device's kernel, ``e4m3`` accumulates
-    in fp32 in two levels, ``e4m3_fp16`` in fp16 (SageAttention2++), and so does ``fp16_fp16``,
-    where V of more than 1023 overflows."""
+    """Format of P and V: ``half`` is the 16-bit type of the device's kernel (all that the preset
+    ``accurate`` asks for), ``e4m3`` accumulates in fp32 in two levels, ``e4m3_fp16`` in fp16
+    (SageAttention2++), and so does ``fp16_fp16``, where V of more than 1023 overflows."""
 
     smooth_q: bool | None = None
     """Subtract a mean of query rows before quantization and add its exact scores: the mean of a
@@ -117,6 +117,7 @@ _8B = replace(_PAPERS, qk="int8", granularity="thread")
 _4B = replace(_PAPERS, qk="int4", granularity="thread", smooth_q=True)
 PRESETS: dict[str, SageConfig] = {
     "auto": SageConfig(),
+    "accurate": SageConfig(pv="half"),
     "sage1": replace(_PAPERS, qk="int8", granularity="block", pv="half"),
     "sage2_8b": replace(_8B, pv="e4m3"),
     "sage2_4b": replace(_4B, pv="e4m3"),

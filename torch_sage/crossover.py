@@ -56,6 +56,9 @@ _FULL = (
 )
 _CAUSAL = (Crossover(reuse=2048, multiplications=6.7e7),)
 
+# With P and V in bf16: 16,384 tokens of 64 heads in all, 1.07 to 1.24 times cuDNN's speed.
+_HALF = (Crossover(reuse=10922, multiplications=2.1e12),)
+
 # CPU: 2 cores of a Zen 4 (AVX-512 VNNI and BF16), torch 2.13. The portable kernel, for machines
 # without AVX2, reached 0.3 to 0.5 times the speed of SDPA there: no size is large enough.
 #
@@ -84,6 +87,7 @@ CROSSOVER: dict[str, Rule] = {
         masked=(Crossover(reuse=682, multiplications=2.7e8),),
         ragged=(),
     ),
+    "cuda.sm90.half": Rule(full=_HALF, causal=_HALF, masked=(), ragged=()),
     "cuda.sm90.packed": Rule(full=_PACKED, causal=_PACKED, masked=(), ragged=()),
 }
 

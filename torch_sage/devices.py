@@ -60,7 +60,7 @@ def rows_of(device: torch.device) -> tuple[str, ...]:
         return (device.type,)
     is_hopper = has_kernels("sm90", device.index)
     has_fp8 = has_kernels("sm89", device.index)
-    rows = ["cuda.sm90"] if is_hopper else []
+    rows = ["cuda.sm90", "cuda.sm90.half"] if is_hopper else []
     # A row with FP8 has the 16-bit formats, too, but prefers FP8, which Hopper emulates in
     # mma.sync: what its own row lacks, such as wide heads, has 16 bits there.
     if has_kernels("sm80", device.index) and (is_hopper or not has_fp8):

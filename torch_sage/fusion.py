@@ -40,6 +40,7 @@ class Faster(NamedTuple):
 # On CPU the op is a composition, which saves nothing.
 FUSED: dict[str, tuple[Faster, ...]] = {
     "cpu": (),
+    "cuda.sm90.half": (),  # not measured
     "cuda.sm90": (Faster("neighbours", "eps", 128, 1, 6.2e6, float("inf")),),
 }
 

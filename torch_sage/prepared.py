@@ -10,10 +10,10 @@ from torch_sage import ops
 from torch_sage.attention import order_of
 from torch_sage.config import SageConfig, as_config
 from torch_sage.devices import lack_of_sm90
-from torch_sage.ops.checks import recipe_problems
+from torch_sage.ops.checks import prepared_pv, recipe_problems
 from torch_sage.ops.dispatch import bias_problems, causal_of, causal_problems, rotation_reasons
 from torch_sage.ops.hadamard import rotate, scale_of_rotated
-from torch_sage.recipes import PREPARED, Recipe, resolve_in
+from torch_sage.recipes import ALL_PREPARED, Recipe, choose_row, resolve_in
 
 
 class PreparedKV(NamedTuple):
@@ -44,7 +44,8 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
     Args:
         key: [B, Hkv, M, D]; float32, bfloat16 or float16; any strides.
         value: [B, Hkv, M, Dv] in the dtype of key.
-        config: how to rotate and smooth; None means the default recipe of the device.
+        config: how to rotate and smooth, and the format of V; None means the default recipe of the
+            device.
 
     Raises:
         TypeError: if key or value is not a tensor.
@@ -55,11 +56,12 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
     """
     _require_tensors(key=key, value=value)
     config = as_config(config)
-    recipe = _recipe("key", key, config)
+    widest = max((*key.shape[-1:], *value.shape[-1:]), default=1)
+    recipe = _recipe("key", key, config, widest)
     if config.rotation == "hadamard":
         key = rotate(key)
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-    operands = ops.prepare_kv(key, value, smooth=recipe.smooth)
+    operands = ops.prepare_kv(key, value, smooth=recipe.smooth, pv=recipe.pv)
     return PreparedKV(*operands, key.shape[2], value.shape[3], config.rotation)
 
 
@@ -87,8 +89,8 @@ def attention_prepared(
         scale: of the scores; None means 1 / sqrt(D).
         causal: "none", "top_left" or "bottom_right" (m <= n + M - N, as with a KV cache), in place
             of ``is_causal``.
-        config: how to compute, with the rotation of prepared; None means the default recipe of the
-            device, without one.
+        config: how to compute, with the rotation of prepared; None means the default recipe for
+            such values, without one.
 
     Returns:
         [B, Hq, N, Dv] in the dtype of query, and in its memory order where heads or tokens come
@@ -103,8 +105,12 @@ def attention_prepared(
     _require_tensors(query=query, **({} if attn_mask is None else {"attn_mask": attn_mask}))
     if not isinstance(prepared, PreparedKV):
         raise TypeError(f"prepared must be a PreparedKV, got {type(prepared).__name__}")
-    config = as_config(config)
-    recipe = _recipe("query", query, config)
+    config, pv = as_config(config), prepared_pv(prepared.value_codes)
+    if config.pv == "auto":
+        config = config.with_options(pv=pv)
+    recipe = _recipe("query", query, config, max((*query.shape[-1:], prepared.head_dim_v)))
+    if recipe.pv != pv:
+        raise ValueError(f"prepared must have values in {recipe.pv}, got {pv}")
     if config.rotation != prepared.rotation:
         expected = f"have the rotation of prepared, {prepared.rotation!r}"
         raise ValueError(f"config must {expected}, got {config.rotation!r}")
@@ -134,15 +140,16 @@ def _require_tensors(**arguments: object) -> None:
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def _recipe(name: str, operand: Tensor, config: SageConfig) -> Recipe:
+def _recipe(name: str, operand: Tensor, config: SageConfig, head_dim: int) -> Recipe:
     """Return the recipe to compute with on the device of ``operand``, which is ``name``."""
     if operand.dim() != 4:
         raise ValueError(f"{name} must be 4-D, got {list(operand.shape)}")
     if lack := lack_of_sm90(name, operand.device):
         raise NotImplementedError(lack)
-    recipe = resolve_in(PREPARED, config, operand.dtype)
-    problems = recipe_problems({PREPARED: recipe.op_kwargs()})
+    recipes = {row: resolve_in(row, config, operand.dtype) for row in ALL_PREPARED}
+    wanted = {row: recipe.op_kwargs() for row, recipe in recipes.items()}
+    problems = recipe_problems(wanted, head_dim)
     problems += [reason.message for reason in rotation_reasons(operand, config)]
     if problems:
         raise NotImplementedError("; ".join(problems))
-    return recipe
+    return recipes[choose_row(config, ALL_PREPARED, operand.dtype, head_dim)]

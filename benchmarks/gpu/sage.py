@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ from torch_sage import _extension
 from torch_sage.ops import triton_attention
 from torch_sage.ops.hadamard import rotated
 from torch_sage.ops.triton_attention import Tile
+from torch_sage.recipes import Recipe
 
-RECIPE = {"qk": "int8", "granularity": "token_thread", "pv": "e4m3_fp16", "smooth": "kv"}
+FAST = Recipe("int8", "token_thread", "e4m3_fp16", "kv", "mixed")
+ACCURATE = Recipe("int8", "token_thread", "bf16", "k")
 TILES = (
     Tile(128, 64, 8, 3),
     Tile(128, 64, 4, 3),
@@ -33,14 +37,15 @@ def lack_sm90() -> str | None:
     return None if "sm90" in cuda else f"libtorch_sage.so must have cuda=sm90, got cuda={cuda}"
 
 
-def sm90(exponential: str) -> Contender:
+def sm90(recipe: Recipe) -> Contender:
     """Return the Hopper kernels; "kernel" quantizes Q, and has K and V from ``prepare_kv``."""
 
     def calls(problem: Problem) -> Calls:
         ops = torch.ops.torch_sage
         query, key, value, is_causal = problem
         causal = "top_left" if is_causal else "none"
-        ready = ops.prepare_kv(key, value, smooth=RECIPE["smooth"])
+        given = {"smooth": recipe.smooth, "pv": recipe.pv}
+        ready = ops.prepare_kv(key, value, **given)
         sizes = (key.shape[2], value.shape[3])
         # What prepare_kv has to read and write, half of it read and half written.
         written = sum(x.numel() * x.element_size() for x in ready)
@@ -48,12 +53,10 @@ def sm90(exponential: str) -> Contender:
         source, target = (torch.empty(half, device=key.device, dtype=torch.uint8) for _ in range(2))
         return {
             "kernel": lambda: ops.attention_prepared(
-                query, *ready, *sizes, None, causal, exponential=exponential
+                query, *ready, *sizes, None, causal, exponential=recipe.exponential
             ),
-            "whole": lambda: ops.sdpa(
-                query, key, value, None, causal, **RECIPE, exponential=exponential
-            ),
-            "prepare": lambda: ops.prepare_kv(key, value, smooth=RECIPE["smooth"])[0],
+            "whole": lambda: ops.sdpa(query, key, value, None, causal, **recipe.op_kwargs()),
+            "prepare": lambda: ops.prepare_kv(key, value, **given)[0],
             "copy": lambda: target.copy_(source),
         }
 
@@ -70,7 +73,7 @@ def sm90_rotated() -> Contender:
         def whole() -> Tensor:
             q, k, scale = rotated("hadamard", query, key, None)
             op = torch.ops.torch_sage.sdpa
-            return op(q, k, value, None, causal, scale, **RECIPE, exponential="mixed")
+            return op(q, k, value, None, causal, scale, **FAST.op_kwargs())
 
         return {"whole": whole}
 
@@ -120,7 +123,11 @@ def triton(smooth: str, tile: Tile | None = None, granularity: str = "token_bloc
     return Contender(nothing, calls)
 
 
-SAGE: dict[str, Contender] = {"sage": sm90("mixed"), "sage-exact": sm90("exact")}
+SAGE: dict[str, Contender] = {
+    "sage": sm90(FAST),
+    "sage-exact": sm90(replace(FAST, exponential="exact")),
+    "sage-accurate": sm90(ACCURATE),
+}
 ROTATED: dict[str, Contender] = {"sage-hadamard": sm90_rotated()}
 MMA: dict[str, Contender] = {
     "mma-bf16": mma("bf16", "k"),

@@ -22,15 +22,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMaxWidth = 256;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
+constexpr Names<ValueFormat, 2> kValueFormats = {
+    {{"e4m3_fp16", ValueFormat::kE4m3}, {"bf16", ValueFormat::kBf16}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
-int64_t width_of(int64_t head_dim, int64_t head_dim_v) {
+int64_t width_of(int64_t head_dim, int64_t head_dim_v, ValueFormat format) {
   const int64_t larger = std::max(head_dim, head_dim_v);
-  check(larger <= kMaxWidth, "query and value must have a head_dim of at most ", kMaxWidth,
+  const int64_t most = format == ValueFormat::kBf16 ? 128 : 256;
+  check(larger <= most, "query and value must have a head_dim of at most ", most,
         " in this recipe, got ", larger);
-  return larger <= 64 ? 64 : larger <= 128 ? 128 : kMaxWidth;
+  return larger <= 64 ? 64 : larger <= 128 ? 128 : 256;
 }
 
 // K and V in the kernels' layout, pointing into tensors that somebody keeps.
@@ -39,10 +41,11 @@ struct KeysAndValues {
   PreparedKv view;
 
   KeysAndValues(int64_t heads, int64_t seqlen, int64_t head_dim, int64_t head_dim_v,
-                const Packed& packed = {})
+                ValueFormat format, const Packed& packed = {})
       : heads(heads), head_dim(head_dim), head_dim_v(head_dim_v), view{} {
     view.seqlen = static_cast<int>(seqlen);
-    view.width = static_cast<int>(width_of(head_dim, head_dim_v));
+    view.width = static_cast<int>(width_of(head_dim, head_dim_v, format));
+    view.value_format = format;
     view.packed = packed;
     const auto units = [&](int size) {
       return packed.starts != nullptr ? packed.units(size) : (seqlen + size - 1) / size;
@@ -65,24 +68,35 @@ struct Unrotated {
 };
 
 struct HopperRecipe {
+  ValueFormat values;
   Smooth smooth;
   bool is_exact;
 };
 
-Smooth read_smooth(const Text& text) {
+Smooth read_smooth(const Text& text, ValueFormat values) {
   const Smooth smooth = parse("smooth", text, kSmoothing, "cuda");
   check(!smooth.query, "smooth must be one of ['', 'k', 'v', 'kv'] in this recipe, got one with q");
+  check(values == ValueFormat::kE4m3 || !smooth.value,
+        "smooth must be one of ['', 'k'] with pv='bf16', got one with v");
   return smooth;
 }
 
-HopperRecipe read_recipe(const Text& qk, const Text& granularity, const Text& smooth,
-                         const Text& exponential) {
+bool read_exact_exponential(const Text& text, ValueFormat values) {
+  const bool is_exact = parse("exponential", text, kExact, "cuda");
+  check(values == ValueFormat::kE4m3 || is_exact,
+        "exponential must be one of ['exact'] with pv='bf16', got 'mixed'");
+  return is_exact;
+}
+
+HopperRecipe read_recipe(const Text& qk, const Text& granularity, const Text& pv,
+                         const Text& smooth, const Text& exponential) {
   check(std::string_view(qk) == "int8", "qk must be one of ['int8'] in this recipe, got '",
         std::string_view(qk), "'");
   check(std::string_view(granularity) == "token_thread",
         "granularity must be one of ['token_thread'] in this recipe, got '",
         std::string_view(granularity), "'");
-  return {read_smooth(smooth), parse("exponential", exponential, kExact, "cuda")};
+  const ValueFormat values = parse("pv", pv, kValueFormats, "cuda");
+  return {values, read_smooth(smooth, values), read_exact_exponential(exponential, values)};
 }
 
 int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
@@ -234,7 +248,9 @@ void attend(const FloatOperand& query, const PreparedQuery& prepared_query, cons
   // Where K and V have just been prepared, that took most of the time, and a packed sequence has
   // the bits of a call with it alone.
   if (!launch.follows_prepare) {
-    if (q.rows <= sm90::kFewRows && visible_keys(params) > kValueGroup) {
+    // With bf16 there is no such kernel.
+    if (q.rows <= sm90::kFewRows && visible_keys(params) > kValueGroup &&
+        kv.view.value_format == ValueFormat::kE4m3) {
       const int tokens = params.seqlen_q;
       packed = pack_heads(q, params);
       parts = split_keys(params, query.tensor.device());
@@ -255,13 +271,14 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   const auto& [q, k, v] = operands;
   const int device = q.tensor.device().index();
   const cudaStream_t stream = current_stream(device);
-  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns, keys);
+  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns, recipe.values, keys);
   const bool is_packed = keys.starts != nullptr;
   // One allocation for all that only the two kernels share.
   const int64_t per_batch = k.batch * k.heads;
   const int64_t means = is_packed ? keys.count * k.heads : per_batch;
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int64_t codes = aligned(per_batch * count(kv.codes()));
+  const int64_t value_codes = codes * code_bytes(recipe.values);
   const int64_t key_scales = aligned(per_batch * count(kv.key_scales()) * 4);
   const int64_t key_mean = aligned(means * k.columns * 4);
   const int64_t value_scales = aligned(per_batch * count(kv.value_scales()) * 4);
@@ -270,13 +287,13 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   if (rotates) prepared.rows = (q.rows + kQueryBlock - 1) / kQueryBlock * kQueryBlock;
   const int64_t query_codes = aligned(q.batch * q.heads * prepared.rows * kv.view.width);
   const int64_t query_scales = aligned(q.batch * q.heads * prepared.rows * 4);
-  const Tensor workspace = new_tensor(
-      {2 * codes + key_scales + key_mean + 2 * value_scales + query_codes + query_scales + 256},
-      ScalarType::Byte, q.tensor.device());
+  const Tensor workspace = new_tensor({codes + value_codes + key_scales + key_mean +
+                                       2 * value_scales + query_codes + query_scales + 256},
+                                      ScalarType::Byte, q.tensor.device());
   auto* at = static_cast<std::byte*>(workspace.mutable_data_ptr());
   const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
   kv.view.key_codes = reinterpret_cast<int8_t*>(take(codes));
-  kv.view.value_codes = reinterpret_cast<uint8_t*>(take(codes));
+  kv.view.value_codes = reinterpret_cast<uint8_t*>(take(value_codes));
   kv.view.key_scales = reinterpret_cast<float*>(take(key_scales));
   kv.view.key_mean = reinterpret_cast<float*>(take(key_mean));
   kv.view.value_scales = reinterpret_cast<float*>(take(value_scales));
@@ -344,7 +361,6 @@ void point_to(const Prepared& tensors, PreparedKv& view) {
 Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seqlen_k,
                        int64_t head_dim_v, const Request& request, const Text& exponential,
                        bool is_part) {
-  const bool exact = parse("exponential", exponential, kExact, "cuda");
   const int index = hopper_index("query", query);
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
@@ -358,7 +374,13 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
         "key_codes must be 4-D [batch, heads, tiles, bytes], got another rank");
   const int64_t heads = key_codes.size(1);
   check_heads(q.heads, heads, "key_codes");
-  KeysAndValues kv(heads, seqlen_k, q.columns, head_dim_v);
+  // Their dtype tells what they are.
+  const ValueFormat format =
+      value_codes.defined() && value_codes.scalar_type() == ScalarType::BFloat16
+          ? ValueFormat::kBf16
+          : ValueFormat::kE4m3;
+  const bool exact = read_exact_exponential(exponential, format);
+  KeysAndValues kv(heads, seqlen_k, q.columns, head_dim_v, format);
   const auto read = [&](const char* name, const Tensor& tensor, int32_t dtype,
                         const std::array<int64_t, 2>& sizes) {
     return read_exact(name, tensor, dtype, {q.batch, heads, sizes[0], sizes[1]}, device);
@@ -368,7 +390,9 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
       read("key_codes", key_codes, aoti_torch_dtype_int8(), kv.codes()),
       read("key_scales", key_scales, fp32, kv.key_scales()),
       read_exact("key_mean", key_mean, fp32, {q.batch, heads, q.columns}, device),
-      read("value_codes", value_codes, aoti_torch_dtype_uint8(), kv.codes()),
+      read("value_codes", value_codes,
+           format == ValueFormat::kBf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_uint8(),
+           kv.codes()),
       read("value_scales", value_scales, fp32, kv.value_scales()),
       read("value_shift", value_shift, fp32, kv.value_scales())};
   point_to(checked, kv.view);
@@ -382,12 +406,12 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
 
 Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
             const std::optional<Tensor>& attn_mask, const Text& causal, std::optional<double> scale,
-            const Text& qk, const Text& granularity, const Text&, const Text& smooth,
+            const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
             const Text& exponential, const Text& output_order) {
   const DeviceGuard guard(hopper_index("query", query));
   return attend_whole(read_operands(query, key, value, query.device()), {},
                       read_request(attn_mask, causal, scale, output_order, false),
-                      read_recipe(qk, granularity, smooth, exponential))
+                      read_recipe(qk, granularity, pv, smooth, exponential))
       .output;
 }
 
@@ -395,12 +419,13 @@ std::tuple<Tensor, Tensor> sdpa_with_lse(const Tensor& query, const Tensor& key,
                                          const Tensor& value,
                                          const std::optional<Tensor>& attn_mask, const Text& causal,
                                          std::optional<double> scale, const Text& qk,
-                                         const Text& granularity, const Text&, const Text& smooth,
-                                         const Text& exponential, const Text& output_order) {
+                                         const Text& granularity, const Text& pv,
+                                         const Text& smooth, const Text& exponential,
+                                         const Text& output_order) {
   const DeviceGuard guard(hopper_index("query", query));
   const Result result = attend_whole(read_operands(query, key, value, query.device()), {},
                                      read_request(attn_mask, causal, scale, output_order, true),
-                                     read_recipe(qk, granularity, smooth, exponential));
+                                     read_recipe(qk, granularity, pv, smooth, exponential));
   return {result.output, *result.lse};
 }
 
@@ -412,7 +437,7 @@ Tensor rotary_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
                    const std::optional<Tensor>& key_rstd, const std::optional<Tensor>& key_weight,
                    std::optional<double> key_eps, const std::optional<Tensor>& attn_mask,
                    const Text& causal, std::optional<double> scale, const Text& pairing,
-                   const Text& qk, const Text& granularity, const Text&, const Text& smooth,
+                   const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
                    const Text& exponential, const Text& output_order) {
   const DeviceGuard guard(hopper_index("query", query));
   const Operands operands = read_operands(query, key, value, query.device());
@@ -427,18 +452,18 @@ Tensor rotary_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   unrotated.query.rotary = of_query.view;
   return attend_whole(operands, unrotated,
                       read_request(attn_mask, causal, scale, output_order, false),
-                      read_recipe(qk, granularity, smooth, exponential))
+                      read_recipe(qk, granularity, pv, smooth, exponential))
       .output;
 }
 
 Tensor varlen_sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                    int64_t max_seqlen_k, const Text& causal, std::optional<double> scale,
-                   const Text& qk, const Text& granularity, const Text&, const Text& smooth,
+                   const Text& qk, const Text& granularity, const Text& pv, const Text& smooth,
                    const Text& exponential) {
   return attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                        read_request(causal, scale, false),
-                       read_recipe(qk, granularity, smooth, exponential))
+                       read_recipe(qk, granularity, pv, smooth, exponential))
       .output;
 }
 
@@ -447,31 +472,33 @@ std::tuple<Tensor, Tensor> varlen_sdpa_with_lse(const Tensor& query, const Tenso
                                                 const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                                 int64_t max_seqlen_k, const Text& causal,
                                                 std::optional<double> scale, const Text& qk,
-                                                const Text& granularity, const Text&,
+                                                const Text& granularity, const Text& pv,
                                                 const Text& smooth, const Text& exponential) {
   const Result result = attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                                       max_seqlen_k, read_request(causal, scale, true),
-                                      read_recipe(qk, granularity, smooth, exponential));
+                                      read_recipe(qk, granularity, pv, smooth, exponential));
   return {result.output, *result.lse};
 }
 
-Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) {
-  const Smooth smoothing = read_smooth(smooth);
+Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth, const Text& pv) {
+  const ValueFormat format = parse("pv", pv, kValueFormats, "cuda");
+  const Smooth smoothing = read_smooth(smooth, format);
   const int device = hopper_index("key", key);
   const DeviceGuard guard(device);
   // Key stands in for a query: what key and value must have in common is checked.
   const auto [q, k, v] = read_operands(key, key, value, key.device());
   check_rows("key", k.rows);
-  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns);
+  KeysAndValues kv(k.heads, k.rows, k.columns, v.columns, format);
   const auto make = [&](const std::array<int64_t, 2>& sizes, ScalarType dtype) {
     return new_tensor({k.batch, k.heads, sizes[0], sizes[1]}, dtype, key.device());
   };
-  const Prepared tensors{make(kv.codes(), ScalarType::Char),
-                         make(kv.key_scales(), ScalarType::Float),
-                         new_tensor({k.batch, k.heads, k.columns}, ScalarType::Float, key.device()),
-                         make(kv.codes(), ScalarType::Byte),
-                         make(kv.value_scales(), ScalarType::Float),
-                         make(kv.value_scales(), ScalarType::Float)};
+  const Prepared tensors{
+      make(kv.codes(), ScalarType::Char),
+      make(kv.key_scales(), ScalarType::Float),
+      new_tensor({k.batch, k.heads, k.columns}, ScalarType::Float, key.device()),
+      make(kv.codes(), format == ValueFormat::kBf16 ? ScalarType::BFloat16 : ScalarType::Byte),
+      make(kv.value_scales(), ScalarType::Float),
+      make(kv.value_scales(), ScalarType::Float)};
   point_to(tensors, kv.view);
   if (k.rows == 0) {
     Tensor mean = std::get<2>(tensors);

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> mma_varlen_sdpa_with_lse(
 Prepared mma_prepare_kv(const Tensor& key, const Tensor& value, const Text& qk,
                         const Text& granularity, const Text& pv, const Text& smooth);
 
-Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth);
+Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth, const Text& pv);
 
 Tensor attention_prepared(const Tensor& query, const Tensor& key_codes, const Tensor& key_scales,
                           const Tensor& key_mean, const Tensor& value_codes,

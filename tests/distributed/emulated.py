@@ -23,11 +23,12 @@ from torch_sage.reference.quantize import key_groups, value_shift
 GRANULARITY = RECIPE["granularity"]
 
 
-def prepare_kv(key: Tensor, value: Tensor, *, smooth: str) -> tuple[Tensor, ...]:
+def prepare_kv(key: Tensor, value: Tensor, *, smooth: str, pv: str) -> tuple[Tensor, ...]:
+    assert pv == RECIPE["pv"]
     width = width_of(key.shape[3], value.shape[3])
     codes, scales, mean = reference.quantize_key(key, smooth="k" in smooth, granularity=GRANULARITY)
     values, value_scales, means = reference.quantize_value(
-        value, smooth="v" in smooth, pv=RECIPE["pv"], value_max=VALUE_MAX, group=VALUE_GROUP
+        value, smooth="v" in smooth, pv=pv, value_max=VALUE_MAX, group=VALUE_GROUP
     )
     shift = value_shift(value, means, values, value_scales, VALUE_GROUP).float()
 

@@ -307,7 +307,8 @@ def test_gpus_send_what_their_kernels_take(hopper: None) -> None:
 
     assert recipe(64) == "int8.token_thread/e4m3_fp16/smooth-kv/exp-mixed"
     assert recipe(256, smooth_v=False) == "int8.token_thread/e4m3_fp16/smooth-k/exp-mixed"
-    assert recipe(64, pv="half") == "int8.token_block/bf16/smooth-k"
+    assert recipe(128, pv="half") == "int8.token_thread/bf16/smooth-k"
+    assert recipe(256, pv="half") == "int8.token_block/bf16/smooth-k"
     assert recipe(64, granularity="thread") == "int8.thread/bf16/smooth-k"
 
 

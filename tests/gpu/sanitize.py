@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests.gpu.mma import MEMBERS, Member
 from tests.gpu.shared import OPS, Recipe
-from tests.gpu.sm90 import EXPONENTIALS, RECIPE
+from tests.gpu.sm90 import EXPONENTIALS, HALF, RECIPE
 from tests.varlen import pack
 from torch_sage.ops.checks import PAIRINGS, ROTARY_HEAD_DIMS
 from torch_sage.recipes import SUPPORT
@@ -30,6 +30,7 @@ Shape = tuple[int, int, int, int]  # query rows, keys, and both head dimensions
 # Rows off the tiles (192 and 128), one key, one group of V and two, and what needs padded copies.
 SHAPES = ((1, 1, 64, 64), (200, 300, 64, 64), (70, 1100, 128, 128), (130, 129, 40, 33))
 WIDE = (130, 129, 256, 200)
+MOST_OF_HALF = SUPPORT["cuda.sm90.half"].max_head_dim
 SPLIT = ((1, 1100, 64, 64), (3, 1700, 128, 100), (40, 1030, 256, 256))
 CAUSAL = ("none", "top_left", "bottom_right")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,11 +48,15 @@ def call(shape: Shape, dtype: torch.dtype, causal: str) -> None:
         recipe: dict[str, Any] = {**RECIPE, "smooth": "kv", "exponential": exponential}
         use(OPS.sdpa(q, k, v, None, causal, **recipe))
         use(OPS.attention_prepared(q, *prepared, m, dv, None, causal, exponential=exponential))
-    use(*OPS.sdpa_with_lse(q, k, v, None, causal, **RECIPE, smooth="k"))
-    if causal == "none":
-        visible = torch.rand(n, m, device="cuda") > 0.5
-        for mask in (visible, visible.to(dtype), visible[:1].expand(4, n, m)):
-            use(*OPS.sdpa_with_lse(q, k, v, mask, **RECIPE, smooth=""))
+    half = [HALF] if max(d, dv) <= MOST_OF_HALF else []
+    for recipe in half:
+        use(OPS.sdpa(q, k, v, None, causal, **recipe, smooth="k"))
+    for recipe in (RECIPE, *half):
+        use(*OPS.sdpa_with_lse(q, k, v, None, causal, **recipe, smooth="k"))
+        if causal == "none":
+            visible = torch.rand(n, m, device="cuda") > 0.5
+            for mask in (visible, visible.to(dtype), visible[:1].expand(4, n, m)):
+                use(*OPS.sdpa_with_lse(q, k, v, mask, **recipe, smooth=""))
 
 
 def call_mma(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> None:
@@ -76,7 +81,7 @@ def call_packed(recipe: Recipe, shape: Shape, dtype: torch.dtype, causal: str) -
     packed = pack(queries, keys, head_dim=d, head_dim_v=dv, dtype=dtype, device="cuda")
     wild = torch.tensor([2**31 - 1, -5, 70, 2**30, 10, 1000], dtype=torch.int32, device="cuda")
     use(*OPS.varlen_sdpa_with_lse(*packed, causal, **recipe))
-    if recipe.get("exponential") == "mixed":  # which the LSE is not computed with
+    if recipe["granularity"] == "token_thread":  # whose kernels with the LSE are others
         use(OPS.varlen_sdpa(*packed, causal, **recipe))
     for edges in ((wild, wild), (packed.cu_seqlens_q, wild), (wild, packed.cu_seqlens_k)):
         OPS.varlen_sdpa_with_lse(*packed[:3], *edges, *packed[5:], causal, **recipe)
@@ -86,6 +91,8 @@ def call_packed_hopper(shape: Shape, dtype: torch.dtype, causal: str) -> None:
     for exponential in EXPONENTIALS:
         recipe = {**RECIPE, "smooth": "kv", "exponential": exponential}
         call_packed(recipe, shape, dtype, causal)
+    if max(shape[2:]) <= MOST_OF_HALF:
+        call_packed({**HALF, "smooth": "k"}, shape, dtype, causal)
 
 
 def call_packed_mma(member: Member, shape: Shape, dtype: torch.dtype, causal: str) -> None:

@@ -25,15 +25,19 @@ ORACLE: dict[str, Any] = {
     "sum_rounded": True,
     "lag": 1.75,
 }
+# The same of the recipe whose P and V are in bf16: its exponentials are all exact.
+HALF: dict[str, Any] = {**RECIPE, "pv": "bf16", "exponential": "exact"}
+HALF_ORACLE: dict[str, Any] = {**RECIPE, "pv": "bf16", "value_group": VALUE_GROUP, "lag": 8.0}
+HALF_SMOOTHING = SUPPORT["cuda.sm90.half"].smooth
 IMAGE_ROWS, CHUNK = 64, 16
 SWIZZLE_BYTES = 128  # the most that a permutation of chunks spans
 # Keys of a 16-byte chunk of V, in the order of its bytes.
 CHUNK_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 
 
-def is_for_sm90(case: AttentionCase) -> bool:
+def is_for_sm90(case: AttentionCase, row: str = PREPARED) -> bool:
     widest = max(case.head_dim, case.head_dim_v)
-    return case.smooth in SMOOTHING and widest <= SUPPORT[PREPARED].max_head_dim
+    return case.smooth in SUPPORT[row].smooth and widest <= SUPPORT[row].max_head_dim
 
 
 def width_of(head_dim: int, head_dim_v: int) -> int:
@@ -41,11 +45,13 @@ def width_of(head_dim: int, head_dim_v: int) -> int:
     return next(width for width in (64, 128, 256) if max(head_dim, head_dim_v) <= width)
 
 
-def keys_of_a_step(inputs: Inputs) -> int:
+def keys_of_a_step(inputs: Inputs, pv: str) -> int:
+    if pv == "bf16":
+        return 128 if inputs.attn_mask is None else 64
     return 128 if width_of(inputs.query.shape[3], inputs.value.shape[3]) <= 128 else 64
 
 
-def expected(inputs: Inputs, smooth: str, exponential: str) -> Expected:
+def expected(inputs: Inputs, smooth: str, exponential: str, pv: str = "e4m3_fp16") -> Expected:
     """Return the references, on the GPU, with the mean that the kernels take of a few keys.
 
     That of V is the mean of all tokens of a group but for the rounding of fp32 sums.
@@ -53,7 +59,8 @@ def expected(inputs: Inputs, smooth: str, exponential: str) -> Expected:
     mean: Tensor | None = None
     if "k" in smooth:
         mean = OPS.prepare_kv(inputs.key, inputs.value, smooth=smooth)[2]
-    recipe = {**ORACLE, "tile": keys_of_a_step(inputs), "smooth": smooth}
+    oracle = HALF_ORACLE if pv == "bf16" else ORACLE
+    recipe = {**oracle, "tile": keys_of_a_step(inputs, pv), "smooth": smooth}
     return expect(*inputs, **recipe, key_mean=mean, exponential=exponential)
 
 
@@ -77,6 +84,14 @@ def assert_right(inputs: Inputs, smooth: str, exponential: str) -> None:
         assert same_bits(output, exact)
 
 
+def assert_half_right(inputs: Inputs, smooth: str) -> None:
+    """Require the same of the recipe with bf16, whose output is one with and without the LSE."""
+    output = OPS.sdpa(*inputs, **HALF, smooth=smooth)
+    full, lse = OPS.sdpa_with_lse(*inputs, **HALF, smooth=smooth)
+    assert_within_budget(full, expected(inputs, smooth, "exact", "bf16"), lse=lse)
+    assert same_bits(output, full)
+
+
 def key_image(codes: Tensor, width: int) -> Tensor:
     """Return prepared codes of K in natural order: [B, H, 64 * tiles, width]."""
     b, h, tiles, _ = codes.shape
@@ -98,8 +113,17 @@ def value_image(codes: Tensor, width: int) -> Tensor:
     return natural.mT.reshape(b, h, tiles * IMAGE_ROWS, width)
 
 
+def half_value_image(codes: Tensor, width: int) -> Tensor:
+    """Return prepared values in bf16 in natural order: [B, H, 64 * tiles, width]."""
+    b, h, tiles, _ = codes.shape
+    chunks = codes.view(b, h, tiles * width, IMAGE_ROWS * 2 // CHUNK, CHUNK // 2)
+    channel = torch.arange(tiles * width, device=codes.device) % width
+    by_channel = _unswizzle(chunks, channel % 8).view(b, h, tiles, width, IMAGE_ROWS)
+    return by_channel.mT.reshape(b, h, tiles * IMAGE_ROWS, width)
+
+
 def _unswizzle(chunks: Tensor, mask: Tensor) -> Tensor:
-    """Undo the XOR of the number of a chunk [..., chunks, 16] with a ``mask`` of those before."""
+    """Undo the XOR of the number of a chunk [..., chunks, codes] with a ``mask`` of the rows."""
     number = torch.arange(chunks.shape[-2], device=chunks.device)
     place = (number ^ mask[..., None])[..., None].expand(chunks.shape)
     return chunks.gather(-2, place).flatten(-2)

@@ -30,12 +30,14 @@ LENGTHS = {
 
 
 HOPPER = SUPPORT[PREPARED].default.op_kwargs()
+HALF = SUPPORT["cuda.sm90.half"].default.op_kwargs()
 # One of each family, for what does not depend on the formats.
 FAMILIES = {
     "mma-bf16": MEMBERS[0].recipe("tensor", "qkv"),
     "mma-fp8": MEMBERS[4].recipe("tensor", "qkv"),
     "mma-int4": MEMBERS[-1].recipe("tensor", "qkv"),
     "hopper": HOPPER,
+    "hopper-half": HALF,
 }
 of_each_family = pytest.mark.parametrize("recipe", FAMILIES.values(), ids=FAMILIES)
 
@@ -63,21 +65,22 @@ def assert_one_by_one(packed: Packed, causal: str, scale: float | None, recipe: 
     output, lse = OPS.varlen_sdpa_with_lse(*packed, causal, scale, **recipe)
     assert same_bits(output, expected)
     assert same_bits(lse, expected_lse)
-    if recipe.get("exponential") == "mixed":  # exact where the LSE is returned
+    if recipe["granularity"] == "token_thread":  # the LSE is computed by another kernel
         expected = outputs_one_by_one(packed, causal, scale, recipe)
     assert same_bits(OPS.varlen_sdpa(*packed, causal, scale, **recipe), expected)
 
 
-@pytest.mark.parametrize("member", [*MEMBERS, "hopper"], ids=str)
+@pytest.mark.parametrize("member", [*MEMBERS, "hopper", "hopper-half"], ids=str)
 @pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_every_sequence_has_the_bits_of_a_call_alone(
     lengths: str, causal: str, member: Member | str
 ) -> None:
     packed = pack(*LENGTHS[lengths], device="cuda")
-    recipe = HOPPER
     if isinstance(member, Member):
         recipe = member.recipe(smooth="qk" if member.qk == "int4" else "k")
+    else:
+        recipe = FAMILIES[member]
     assert_one_by_one(packed, causal, None, recipe)
 
 

@@ -181,6 +181,8 @@ def test_refusals_name_the_values_of_every_row(hopper: None) -> None:
     assert reason.message == (
         "granularity must be one of ['token_thread'] on cuda.sm90, got 'token' and "
         "pv must be one of ['e4m3_fp16'] on cuda.sm90, got 'e4m3', or "
+        "granularity must be one of ['token_thread'] on cuda.sm90.half, got 'token' and "
+        "pv must be one of ['bf16'] on cuda.sm90.half, got 'e4m3', or "
         "granularity must be one of ['thread', 'warp', 'block', 'tensor'] on cuda.sm80, "
         "got 'token' and "
         "pv must be one of ['bf16', 'fp16', 'fp16_fp16'] on cuda.sm80, got 'e4m3', or "
@@ -219,6 +221,7 @@ def test_wide_heads_run_by_the_next_row(hopper: None, monkeypatch: pytest.Monkey
     (reason,) = why_not(*fakes(), config=ALWAYS.with_options(exponential="mixed"))
     assert reason.message == (
         "head_dim must be at most 63 on cuda.sm90, got 64, or "
+        "exponential must be one of ['exact'] on cuda.sm90.half, got 'mixed', or "
         "exponential must be one of ['exact'] on cuda.sm80, got 'mixed', or "
         "exponential must be one of ['exact'] on cuda.sm89, got 'mixed', or "
         "exponential must be one of ['exact'] on cuda, got 'mixed'"

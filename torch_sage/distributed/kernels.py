@@ -15,7 +15,7 @@ from torch_sage.devices import rows_of
 from torch_sage.distributed.block import Block
 from torch_sage.ops.checks import prepared_operands
 from torch_sage.ops.schemas import key_groups
-from torch_sage.recipes import PREPARED, SUPPORT, Recipe
+from torch_sage.recipes import ALL_PREPARED, SUPPORT, Recipe
 from torch_sage.reference.attention import AttentionOutput
 
 _BLOCK = 64  # rows of K that make one group or more: the ops' default
@@ -27,13 +27,16 @@ def rows_to_send(device: torch.device) -> tuple[str, ...]:
     One row that does not suit is left where there is none, for ``device_reasons`` to refuse.
     """
     rows = rows_of(device)
-    able = (row for row in rows if row == PREPARED or (row in SUPPORT and SUPPORT[row].has_parts))
+    able = (
+        row for row in rows if row in ALL_PREPARED or (row in SUPPORT and SUPPORT[row].has_parts)
+    )
     return tuple(able) or rows[:1]
 
 
 def quantize(key: Tensor, value: Tensor, recipe: Recipe) -> Block:
     """Quantize the keys and values that this rank holds, by the family that runs ``recipe``."""
-    family = PreparedBlock if SUPPORT[PREPARED].allows(recipe) else PartsBlock
+    is_prepared = any(SUPPORT[row].allows(recipe) for row in ALL_PREPARED)
+    family = PreparedBlock if is_prepared else PartsBlock
     return family.quantize(key, value, recipe)
 
 
@@ -97,14 +100,15 @@ class PreparedBlock(Block):
 
     @classmethod
     def quantize(cls, key: Tensor, value: Tensor, recipe: Recipe) -> PreparedBlock:
-        """Quantize K to INT8 and V to E4M3 in one pass."""
-        operands = ops.prepare_kv(key, value, smooth=recipe.smooth)
+        """Quantize K to INT8 and V to its format in one pass."""
+        operands = ops.prepare_kv(key, value, smooth=recipe.smooth, pv=recipe.pv)
         return cls(tuple(operands), key.shape[2], value.shape[3], recipe)
 
     def prefix(self, tokens: int) -> PreparedBlock:
         """Return the first keys: images, scales and groups of tokens come in ascending order."""
         batch, heads, head_dim = self.operands[2].shape
-        shorter = prepared_operands(batch, heads, tokens, head_dim, self.head_dim_v)
+        sizes = (batch, heads, tokens, head_dim, self.head_dim_v)
+        shorter = prepared_operands(*sizes, self.recipe.pv)
         operands = tuple(
             operand[:, :, : shape[2]]
             for operand, (_, shape) in zip(self.operands, shorter.values(), strict=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_sage.ops.reasons import Reason, ReasonCode
-from torch_sage.recipes import PREPARED, SUPPORT
+from torch_sage.recipes import ALL_PREPARED, SUPPORT
 
 Size = Any  # int | torch.SymInt: torch types the shape of a Tensor as int only
 
@@ -361,8 +361,13 @@ def padded_head_dim(head_dim: Size, head_dim_v: Size) -> int:
     return next(fits, PADDED_HEAD_DIMS[-1])  # wider ones are refused elsewhere
 
 
+def prepared_pv(value_codes: Tensor) -> str:
+    """Return the format of prepared values: their dtype tells."""
+    return "bf16" if value_codes.dtype == torch.bfloat16 else "e4m3_fp16"
+
+
 def prepared_operands(
-    batch: Size, heads: Size, seqlen_k: Size, head_dim: Size, head_dim_v: Size
+    batch: Size, heads: Size, seqlen_k: Size, head_dim: Size, head_dim_v: Size, pv: str
 ) -> dict[str, tuple[torch.dtype, tuple[Size, ...]]]:
     """Return dtype and shape of each tensor that ``prepare_kv`` returns."""
     padded = padded_head_dim(head_dim, head_dim_v)
@@ -373,19 +378,20 @@ def prepared_operands(
         "key_codes": (torch.int8, images),
         "key_scales": (torch.float32, (batch, heads, blocks, 4)),
         "key_mean": (torch.float32, (batch, heads, head_dim)),
-        "value_codes": (torch.uint8, images),
+        "value_codes": (HALVES.get(pv, torch.uint8), images),
         "value_scales": (torch.float32, groups),
         "value_shift": (torch.float32, groups),
     }
 
 
-def preparation_problems(key: Tensor, value: Tensor, smooth: str) -> Iterator[str]:
+def preparation_problems(key: Tensor, value: Tensor, smooth: str, pv: str) -> Iterator[str]:
     """Yield every reason why ``key`` and ``value`` cannot be prepared."""
     ranks = list(rank_problems(key=key, value=value))
     if ranks:
         yield from ranks
         return
-    yield from recipe_problems({PREPARED: {"smooth": smooth}}, largest_head_dim(key, value))
+    wanted = {"smooth": smooth, "pv": pv}
+    yield from recipe_problems(dict.fromkeys(ALL_PREPARED, wanted), largest_head_dim(key, value))
     yield from quantizer_problems("key", key, None)
     yield from quantizer_problems("value", value, None)
     expected = (*key.shape[:3], value.shape[3])
@@ -403,7 +409,9 @@ def prepared_problems(
     exponential: str,
 ) -> Iterator[str]:
     """Yield why ``query`` cannot attend to what ``prepare_kv`` returned for ``seqlen_k`` tokens."""
-    sizes = recipe_problems({PREPARED: {"exponential": exponential}})
+    pv = prepared_pv(prepared["value_codes"])
+    rows = [row for row in ALL_PREPARED if pv in SUPPORT[row].pv]
+    sizes = recipe_problems({row: {"exponential": exponential} for row in rows})
     if known(seqlen_k < 0):
         sizes.append(f"seqlen_k must not be negative, got {seqlen_k}")
     if known(head_dim_v < 1) or known(head_dim_v > MAX_HEAD_DIM):
@@ -416,10 +424,11 @@ def prepared_problems(
         yield from sizes
         return
     yield from (reason.message for reason in limits(query, query, query, attn_mask))
-    yield from recipe_problems({PREPARED: {}}, max(largest_head_dim(query), head_dim_v))
+    widest = max(largest_head_dim(query), head_dim_v)
+    yield from recipe_problems({row: {} for row in rows}, widest)
     (b, hq, _, d), h = query.shape, prepared["key_codes"].shape[1]
     if not (known(d < 1) or known(d > MAX_HEAD_DIM)):
-        for name, (dtype, shape) in prepared_operands(b, h, seqlen_k, d, head_dim_v).items():
+        for name, (dtype, shape) in prepared_operands(b, h, seqlen_k, d, head_dim_v, pv).items():
             yield from operand_problems(name, prepared[name], query, dtype, shape)
     yield from head_contradictions(hq, h)
     yield from mask_contradictions(query, seqlen_k, attn_mask, causal)

@@ -85,8 +85,9 @@ DEFINITIONS: dict[str, str] = {
         " -> Tensor"
     ),
     "prepare_kv": (
-        "(Tensor key, Tensor value, *, str smooth='kv') -> (Tensor key_codes, Tensor key_scales,"
-        " Tensor key_mean, Tensor value_codes, Tensor value_scales, Tensor value_shift)"
+        "(Tensor key, Tensor value, *, str smooth='kv', str pv='e4m3_fp16')"
+        " -> (Tensor key_codes, Tensor key_scales, Tensor key_mean, Tensor value_codes,"
+        " Tensor value_scales, Tensor value_shift)"
     ),
     "attention_prepared": (
         "(Tensor query, Tensor key_codes, Tensor key_scales, Tensor key_mean,"
@@ -117,7 +118,7 @@ PREPARED = (
     "attention_prepared_with_lse",
     "attention_prepared_part",
 )
-"""The ops of one row of the recipe table alone (``recipes.PREPARED``)."""
+"""The ops of few rows of the recipe table (``recipes.ALL_PREPARED``)."""
 
 VARLEN = ("varlen_sdpa", "varlen_sdpa_with_lse")
 """The ops over packed sequences."""
@@ -336,18 +337,21 @@ def require_rotations(
 
 
 @_fake("prepare_kv")
-def prepare_kv(key: Tensor, value: Tensor, *, smooth: str = "kv") -> tuple[Tensor, ...]:
+def prepare_kv(
+    key: Tensor, value: Tensor, *, smooth: str = "kv", pv: str = "e4m3_fp16"
+) -> tuple[Tensor, ...]:
     """Shapes of codes, scales and mean of K, of codes, scales and shift of V.
 
     With T = ceil(M / 128) and P = 64, 128 or 256, the least that holds both head dimensions:
     key_codes [B, Hkv, 2 T, 64 P] int8, an image of 64 tokens each; key_scales [B, Hkv, T, 4] fp32;
-    key_mean [B, Hkv, D] fp32; value_codes like key_codes, but uint8; value_scales and value_shift
+    key_mean [B, Hkv, D] fp32; value_codes like key_codes, but uint8 or, for pv="bf16", that type,
+    which tells ``attention_prepared`` what they are; value_scales and value_shift
     [B, Hkv, ceil(M / 1024), P] fp32.
     """
     _require_prepared_device("key", key)
-    _require(checks.preparation_problems(key, value, smooth))
+    _require(checks.preparation_problems(key, value, smooth, pv))
     b, h, m, d = key.shape
-    operands = checks.prepared_operands(b, h, m, d, value.shape[3])
+    operands = checks.prepared_operands(b, h, m, d, value.shape[3], pv)
     return tuple(key.new_empty(shape, dtype=dtype) for dtype, shape in operands.values())
 
 

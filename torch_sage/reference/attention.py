@@ -16,8 +16,7 @@ from torch_sage.reference.accumulate import (
     select_accumulator,
     sums_rounded_probabilities,
 )
-from torch_sage.reference.grouped import PV as PV_OF_GROUPS
-from torch_sage.reference.grouped import online_by_groups
+from torch_sage.reference.grouped import ACCUMULATORS, online_by_groups
 from torch_sage.reference.operands import (
     Operands,
     Tile,
@@ -111,9 +110,11 @@ def attention(
         value_group: tokens of V that share a scale and a mean per channel, all by default. Each
             token then also gets back what the codes of its group lack on average (``value_shift``),
             the accumulator is flushed after every group and sums the rounded P, too; only with
-            pv="e4m3_fp16".
-        exponential: "exact", or with ``value_group`` also "mixed": 3 of 4 keys take a mantissa
-            that is linear in the score, truncated to E4M3 (the lse is always exact).
+            pv="e4m3_fp16", or with "bf16", which has no scales: there it is the tokens of a channel
+            that one of them poisons.
+        exponential: "exact", or with pv="e4m3_fp16" and ``value_group`` also "mixed": 3 of 4 keys
+            take a mantissa that is linear in the score, truncated to E4M3 (the lse is always
+            exact).
         lag: with ``value_group``, how far (base 2) a row may exceed the maximum that P is relative
             to before that moves.
 
@@ -150,7 +151,7 @@ def attention(
     if value_group is None:
         output, lse = _online(ops, pv, tile, shift, accumulate, two_level, by_rounded)
     else:
-        output, lse = online_by_groups(ops, exponential, tile, shift, value_max, lag)
+        output, lse = online_by_groups(ops, pv, exponential, tile, shift, value_max, lag)
     return AttentionOutput(_saturate(output, query.dtype).to(query.dtype), lse)
 
 
@@ -217,19 +218,21 @@ def _check_groups(
     sum_rounded: bool | None,
 ) -> None:
     """Refuse what scales of V per group of keys do not go with."""
-    valid = ["exact"] if value_group is None else list(EXPONENTIALS)
+    valid = ["exact"] if value_group is None or pv == "bf16" else list(EXPONENTIALS)
     if exponential not in valid:
-        expected = f"be one of {valid} with value_group={value_group}"
+        expected = f"be one of {valid} with pv={pv!r} and value_group={value_group}"
         raise ValueError(f"exponential must {expected}, got {exponential!r}")
     if value_group is None:
         return
     if value_group < 1:
         raise ValueError(f"value_group must be at least 1, got {value_group}")
-    if pv != PV_OF_GROUPS:
-        raise ValueError(f"pv must be {PV_OF_GROUPS!r} with value_group={value_group}, got {pv!r}")
-    if accumulator not in (None, "fp16") or not two_level or sum_rounded is False:
+    if pv not in ACCUMULATORS:
+        expected = f"be one of {list(ACCUMULATORS)} with value_group={value_group}"
+        raise ValueError(f"pv must {expected}, got {pv!r}")
+    only = ACCUMULATORS[pv]
+    if accumulator not in (None, only) or not two_level or sum_rounded is False:
         raise ValueError(
-            "accumulator must be 'fp16', two_level and sum_rounded True with value_group, got "
+            f"accumulator must be {only!r}, two_level and sum_rounded True with value_group, got "
             f"{accumulator!r}, {two_level} and {sum_rounded}"
         )
 

@@ -1,8 +1,9 @@
 """Attention whose V has scales for groups of keys, as on Hopper's tensor cores.
 
-Inside a group E4M3 products are summed in fp16, which is flushed to fp32 at its end; a channel of
-ones behind V sums P in the same way. Keys are taken from the last to the first, and the maximum
-that P is relative to follows late: fewer rescalings, at most 2**lag above the nominal range of P.
+Inside a group E4M3 products are summed in fp16, which is flushed to fp32 at its end, and bf16 ones
+in fp32 at once; a channel of ones behind V sums P in the same way. Keys are taken from the last to
+the first, and the maximum that P is relative to follows late: fewer rescalings, at most 2**lag
+above the nominal range of P.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from torch_sage.reference.accumulate import (
-    accumulate_fp8_fp16,
+    DEFAULT_ACCUMULATOR,
     linear_probabilities,
     round_probabilities,
+    select_accumulator,
 )
 from torch_sage.reference.operands import Operands, logits_base2
 
-PV = "e4m3_fp16"
+# Of the formats that there are such kernels for.
+ACCUMULATORS = {pv: DEFAULT_ACCUMULATOR[pv] for pv in ("e4m3_fp16", "bf16")}
 
 # Rows whose reference maxima move together: those of one warp of a 64-row wgmma.
 WARP_ROWS = 16
@@ -29,12 +32,13 @@ LINEAR_PERIOD, LINEAR_START = 64, 16
 
 
 def online_by_groups(
-    ops: Operands, exponential: str, tile: int, shift: float, one: float, lag: float
+    ops: Operands, pv: str, exponential: str, tile: int, shift: float, one: float, lag: float
 ) -> tuple[Tensor, Tensor]:
     """E8-E12 with steps of ``tile`` keys that do not cross groups; output and lse in fp32.
 
     Args:
         ops: the operands.
+        pv: "e4m3_fp16" or "bf16".
         exponential: "exact" or "mixed".
         tile: keys of a step.
         shift: log2 of P at the reference maximum.
@@ -42,6 +46,8 @@ def online_by_groups(
         lag: how far in base 2 a row may exceed its reference maximum before it moves.
     """
     rows, device = ops.query_codes.shape[:-1], ops.query_codes.device
+    accumulate = select_accumulator(pv, None)
+    held_in = torch.float16 if ACCUMULATORS[pv] == "fp16" else torch.float32
     reference = torch.full(rows, -torch.inf, device=device)
     total = torch.zeros(rows, device=device)
     ones = ops.value_codes.new_full((*ops.value_codes.shape[:-1], 1), one, dtype=torch.float32)
@@ -59,15 +65,15 @@ def online_by_groups(
             x = z - origin[..., None] + shift
             error = ops.probability_error(origin)[..., None]
             p = x.exp2() * (1 + error)
-            rounded = round_probabilities(p, PV)
+            rounded = round_probabilities(p, pv)
             if exponential == "mixed":
                 column = torch.arange(keys.start, keys.stop, device=device) % LINEAR_PERIOD
                 linear = linear_probabilities(x + error.log1p() / math.log(2))
                 rounded = torch.where(column >= LINEAR_START, linear, rounded)
             total = alpha * total + p.sum(-1)
             flushed = alpha[..., None] * flushed
-            held = (alpha.half().float()[..., None] * held).half().float()
-            held = accumulate_fp8_fp16(held, rounded, values[..., keys, :])
+            held = (alpha.to(held_in).float()[..., None] * held).to(held_in).float()
+            held = accumulate(held, rounded, values[..., keys, :])
         sums = held[..., -1:] / one
         values_of_group = held[..., :-1] * scales + of_group.float() * sums
         added = torch.cat((values_of_group, sums), dim=-1)

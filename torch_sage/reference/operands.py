@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_sage.recipes import Recipe
 from torch_sage.reference.quantize import (
+    HALF_FORMATS,
     key_groups,
     quantize_key,
     quantize_query,
@@ -147,7 +148,9 @@ def quantize_operands(
         v_scales, v_shift = (x[..., None, :] for x in (v_scales, v_mean))
     else:
         v_group = value_format.group
-        v_shift = value_shift(value, v_mean, v_codes, v_scales, v_group)
+        v_shift = v_mean
+        if recipe.pv not in HALF_FORMATS:
+            v_shift = value_shift(value, v_mean, v_codes, v_scales, v_group)
     # E6: fold the sign of the softmax scale into Q; code ranges are symmetric, so this is exact.
     sign = -1.0 if scale < 0 else 1.0
     q_input, correction = query.float(), None

@@ -21,6 +21,7 @@ BF16_MAX = torch.finfo(torch.bfloat16).max
 E4M3_RANGES = {"e4m3": (448.0, 448.0), "e4m3_fp16": (112.0, 9.0)}
 
 FP16_FORMATS = ("fp16", "fp16_fp16")  # they differ in the accumulator
+HALF_FORMATS = ("bf16", *FP16_FORMATS)  # whose scales are 1
 
 # Granularities "token_thread" and "token_block": Q as "token", K as "thread" or "block" in blocks
 # of so many rows.

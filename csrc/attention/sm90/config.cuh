@@ -10,16 +10,22 @@ constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fet
 constexpr int kQueryThreads = 32 * kQueryWarps;
 // P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
 // So a value group sums to at most 1024 * 2^7.75 * .25 = 55104, within fp16.
-constexpr float kOffset = 6.f, kLag = 1.75f;
+// fp32 sums of bf16 have no such limit; a row that moves seldom costs less.
+template <ValueFormat kValues>
+constexpr float kOffset = kValues == ValueFormat::kE4m3 ? 6.f : 0.f;
+template <ValueFormat kValues>
+constexpr float kLag = kValues == ValueFormat::kE4m3 ? 1.75f : 8.f;
 // E4M3 code of 1, and so little more that the largest score of a row, less itself as it is rounded,
 // is not truncated to the code below its own.
 constexpr float kCodeOfOne = 56.f + 0x1p-8f;
-constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
-constexpr uint32_t kOneCodes = 0x28282828u;
+// Of the rows behind V that sum P: E4M3 .25, bf16 1.
+constexpr float kOneInCode = .25f;
+template <ValueFormat kValues>
+constexpr uint32_t kOneCodes = kValues == ValueFormat::kE4m3 ? 0x28282828u : 0x3f803f80u;
 constexpr int kWorkBytes = 64;  // of a piece of work, in shared memory
 
 enum class Mode {
-  kMixed,   // no mask, no LSE; part of the exponentials by the linear mantissa
+  kMixed,   // no mask, no LSE; of E4M3, part of the exponentials by the linear mantissa
   kPart,    // the same, and the log of the sum that the output was divided by
   kExact,   // no mask; hardware exponentials, LSE if asked for
   kMasked,  // the same with any mask
@@ -29,9 +35,12 @@ enum class Mode {
 };
 
 // kWidth: head_dim, zero-padded.
-template <int kWidth_, Mode kMode>
+template <int kWidth_, Mode kMode, ValueFormat kValues_ = ValueFormat::kE4m3>
 struct Config {
   static constexpr int kWidth = kWidth_;
+  // E4M3 values are summed in fp16 over a group, and groups in fp32; bf16 ones in fp32 at once.
+  static constexpr ValueFormat kValues = kValues_;
+  static constexpr bool kHasGroupSums = kValues == ValueFormat::kE4m3;
   static constexpr bool kIsSplit = kMode == Mode::kSplit || kMode == Mode::kSplitMasked;
   static constexpr bool kHasMask = kMode == Mode::kMasked || kMode == Mode::kSplitMasked;
   static constexpr bool kIsWide = kWidth > 128;
@@ -40,34 +49,37 @@ struct Config {
   static constexpr bool kSumsExactly = kMode != Mode::kMixed && kMode != Mode::kPart;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
-  static constexpr int kExactColumns = kSumsExactly ? 4 : 1;
+  static constexpr int kExactColumns = kSumsExactly || !kHasGroupSums ? 4 : 1;
 
-  // Warpgroups of 64 query rows. A mask, and half of the sums of 256 channels, take registers that
-  // three of them do not have. Few rows wait for memory: one, and more steps in flight.
-  static constexpr int kConsumers = kIsSplit ? 1 : kHasMask || kIsWide ? 2 : 3;
+  // Warpgroups of 64 query rows. A mask, half of the sums of 256 channels, and sums in fp32, take
+  // registers that three of them do not have. Few rows wait for memory: one, and more steps in
+  // flight.
+  static constexpr int kConsumers = kIsSplit ? 1 : kHasMask || kIsWide || !kHasGroupSums ? 2 : 3;
   static constexpr int kStages = kIsSplit ? 4 : 2;  // steps of K and V in flight
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  // In all, the registers that a multiprocessor has; half of them for a single consumer, two of
+  // In all, no more registers than a multiprocessor has; half of them for a single consumer, two of
   // whose blocks may share one.
   static constexpr int kConsumerRegisters = kConsumers == 3       ? 152
-                                            : kConsumers == 2     ? 232
+                                            : kConsumers == 2     ? kHasGroupSums ? 232 : 224
                                             : kHasMask || kIsWide ? 216
                                                                   : 168;
   static constexpr int kProducerRegisters = kConsumers == 3   ? 56
-                                            : kConsumers == 2 ? 40
+                                            : kConsumers == 2 ? kHasGroupSums ? 40 : 56
                                                               : 256 - kConsumerRegisters;
 
-  static constexpr int kKeys = kIsWide ? 64 : 128;  // of a step
+  static constexpr int kKeys = kIsWide || (kHasMask && !kHasGroupSums) ? 64 : 128;  // of a step
   static constexpr int kStepsPerGroup = kValueGroup / kKeys;
   static constexpr int kOutputColumns = kWidth + 8;  // 8 rows of ones behind V
   static constexpr int kKeyBytes = kKeys * kWidth;
-  static constexpr int kPanelBytes = kOutputColumns * kKeyTile;
+  static constexpr int kTileBytes = kKeyTile * code_bytes(kValues);  // of V, per channel
+  static constexpr int kPanelBytes = kOutputColumns * kTileBytes;
   static constexpr int kValueBytes = kKeys / kKeyTile * kPanelBytes;
   // fp32 sums of finished groups of V: columns in shared memory, and those in registers.
   static constexpr int kBufferColumns = kIsWide ? 128 : kWidth;
-  static constexpr int kSumRegisters = (kWidth - kBufferColumns) / 2;
-  static constexpr int kBufferFloats = (kBufferColumns + 8) / 2;  // per thread, sums of P behind
+  static constexpr int kSumRegisters = kHasGroupSums ? (kWidth - kBufferColumns) / 2 : 0;
+  // Per thread, sums of P behind.
+  static constexpr int kBufferFloats = kHasGroupSums ? (kBufferColumns + 8) / 2 : 0;
   // Groups of V whose scales and shifts may be in use: of every step in flight, and two more.
   static constexpr int kScaleSlots = 2 * kStages;
 

@@ -79,7 +79,7 @@ class Consumer {
     for (; n < whole_from; n++) {
       const bool moved = take_step<true>(n, factor, old_max);
       if (ends_group(n)) {
-        promote<false>(n, old_max);
+        end_group<false>(n, old_max, moved, factor);
       } else if (moved) {
         rescale(factor);
       }
@@ -87,15 +87,16 @@ class Consumer {
     }
 #pragma unroll 1
     while (n < length) {
+      bool moved;
 #pragma unroll 1
       while (true) {
-        const bool moved = take_step<false>(n, factor, old_max);
+        moved = take_step<false>(n, factor, old_max);
         if (ends_group(n)) break;
         if (moved) rescale(factor);
         pack<false>(n);
         if (++n == length) return;
       }
-      promote<true>(n, old_max);
+      end_group<true>(n, old_max, moved, factor);
       pack<false>(n);
       n++;
     }
@@ -220,11 +221,13 @@ class Consumer {
     const unsigned count = count_ + n, stage = count % kStages;
     barrier_wait(barriers_.value_full(stage), (count / kStages) & 1);
     wgmma_fence();
+    constexpr int kSteps = C::kTileBytes / 32;  // of an image
 #pragma unroll
-    for (int i = 0; i < C::kKeys / 32; i++) {
-      const uint64_t values = descriptor<kKeyTile>(base_ + C::kValueAt + stage * C::kValueBytes +
-                                                   i / 2 * C::kPanelBytes);
-      ValueProduct::multiply(o_, p8_ + 4 * i, values + 2 * (i & 1), accumulates_ | (i > 0));
+    for (int i = 0; i < C::kKeys / kKeyTile * kSteps; i++) {
+      const uint64_t values = descriptor<C::kTileBytes>(
+          base_ + C::kValueAt + stage * C::kValueBytes + i / kSteps * C::kPanelBytes);
+      ValueProduct::multiply(o_, p_codes_ + 4 * i, values + 2 * (i % kSteps),
+                             accumulates_ | (i > 0));
     }
     wgmma_commit();
     accumulates_ = 1;
@@ -249,7 +252,7 @@ class Consumer {
       top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
     }
     const bool moved =
-        __any_sync(~0u, top[0] > max_[0] + kLag / kUnit || top[1] > max_[1] + kLag / kUnit);
+        __any_sync(~0u, top[0] > max_[0] + kLogLag / kUnit || top[1] > max_[1] + kLogLag / kUnit);
     if (moved) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -320,7 +323,7 @@ class Consumer {
     float slope[2], exact[2], linear[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      exact[h] = kOffset - (max_[h] == -INFINITY ? 0.f : max_[h]);
+      exact[h] = kLogTop - (max_[h] == -INFINITY ? 0.f : max_[h]);
       linear[h] = 8.f * exact[h] + kCodeOfOne;  // E4M3 has 8 codes to a power of two
       slope[h] = 8.f * scale[h];
     }
@@ -336,7 +339,7 @@ class Consumer {
                                              : fmaf(score, slope[h], linear[h]));
         }
     // Others are hidden once they are codes (pack), which takes fewer instructions.
-    if constexpr (kHasHidden && C::kSumsExactly) {
+    if constexpr (kHasHidden && !kHidesCodes) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
@@ -380,7 +383,7 @@ class Consumer {
         for (int b = 0; b < 2; b++) {
           const int i = 4 * j + 2 * h + b;
           // The origin apart: beside a large one the offset would be lost.
-          s_[i] = __float_as_int(exp2_approx(fmaf(__int_as_float(s_[i]) - origin, kUnit, kOffset)));
+          s_[i] = __float_as_int(exp2_approx(fmaf(__int_as_float(s_[i]) - origin, kUnit, kLogTop)));
         }
     }
   }
@@ -393,9 +396,15 @@ class Consumer {
   // P of step n as codes.
   template <bool kHasHidden>
   __device__ __forceinline__ void pack(int n) {
+    if constexpr (C::kValues == ValueFormat::kBf16) {
+#pragma unroll
+      for (int i = 0; i < kScores / 2; i++)
+        p_codes_[i] = pack_bf16(__int_as_float(s_[2 * i]), __int_as_float(s_[2 * i + 1]));
+      return;
+    }
     // Codes of 16 columns stand in a register: bits that the visible ones take, counted on.
     [[maybe_unused]] int visible_bits[2];
-    if constexpr (kHasHidden && !C::kSumsExactly) {
+    if constexpr (kHasHidden && kHidesCodes) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int count = last_column(h, first_key(n)) + 1;
@@ -410,29 +419,85 @@ class Consumer {
                     b = __int_as_float(s_[8 * q + 2 * h + 1]);
         const float c = __int_as_float(s_[8 * q + 4 + 2 * h]),
                     d = __int_as_float(s_[8 * q + 5 + 2 * h]);
-        p8_[2 * q + h] = is_exact(2 * q) ? pack_e4m3(a, b, c, d) : pack_u8(a, b, pack_u8(c, d, 0));
-        if constexpr (kHasHidden && !C::kSumsExactly)
-          p8_[2 * q + h] &= lowest_bits(visible_bits[h] - 32 * q);
+        p_codes_[2 * q + h] =
+            is_exact(2 * q) ? pack_e4m3(a, b, c, d) : pack_u8(a, b, pack_u8(c, d, 0));
+        if constexpr (kHasHidden && kHidesCodes)
+          p_codes_[2 * q + h] &= lowest_bits(visible_bits[h] - 32 * q);
       }
   }
 
   // After a wait: what follows may read the accumulators.
   __device__ __forceinline__ void hold_output() {
 #pragma unroll
-    for (int i = 0; i < ValueProduct::kRegisters; i++) asm volatile("" : "+r"(o_[i]));
+    for (int i = 0; i < ValueProduct::kRegisters; i++) {
+      if constexpr (C::kHasGroupSums) {
+        asm volatile("" : "+r"(o_[i]));
+      } else {
+        asm volatile("" : "+f"(o_[i]));
+      }
+    }
   }
 
   __device__ __forceinline__ float output(int i) const {
-    const __half2 pair = *reinterpret_cast<const __half2*>(&o_[i >> 1]);
-    return i & 1 ? __high2float(pair) : __low2float(pair);
+    if constexpr (C::kHasGroupSums) {
+      const __half2 pair = *reinterpret_cast<const __half2*>(&o_[i >> 1]);
+      return i & 1 ? __high2float(pair) : __low2float(pair);
+    } else {
+      return o_[i];
+    }
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
-    const __half2 by[2] = {__float2half2_rn(factor[0]), __float2half2_rn(factor[1])};
+    if constexpr (C::kHasGroupSums) {
+      const __half2 by[2] = {__float2half2_rn(factor[0]), __float2half2_rn(factor[1])};
 #pragma unroll
-    for (int i = 0; i < ValueProduct::kRegisters; i++) {
-      const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&o_[i]), by[i & 1]);
-      o_[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+      for (int i = 0; i < ValueProduct::kRegisters; i++) {
+        const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&o_[i]), by[i & 1]);
+        o_[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < ValueProduct::kRegisters; i++) o_[i] *= factor[i >> 1 & 1];
+    }
+  }
+
+  // What follows the last step of a group of V, the one before `n`; its P was relative to maxima
+  // `reference`.
+  template <bool kMayBePlain>
+  __device__ __forceinline__ void end_group(int n, const float (&reference)[2], bool moved,
+                                            const float (&factor)[2]) {
+    const int group = (steps_ - n) / C::kStepsPerGroup;
+    bool sees[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key_of(h);
+    if constexpr (C::kHasGroupSums) {
+      promote<kMayBePlain>(reference, sees);
+    } else {
+      poison_channels(sees);
+      if (moved) rescale(factor);
+    }
+    group_count_++;
+  }
+
+  // A channel of a group that is not finite has codes of 0 and a scale that is NaN.
+  __device__ __forceinline__ void poison_channels(const bool (&sees)[2]) {
+    const float* scales = group_scales();
+    float any = 0;
+#pragma unroll
+    for (int j = 0; j < C::kWidth / 8; j++) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+      any += scale.x + scale.y;
+    }
+    if (any == any) return;
+#pragma unroll
+    for (int j = 0; j < C::kWidth / 8; j++) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        if (sees[h]) o_[4 * j + 2 * h] *= scale.x;
+        if (sees[h]) o_[4 * j + 2 * h + 1] *= scale.y;
+      }
     }
   }
 
@@ -443,16 +508,12 @@ class Consumer {
   }
 
   // Adds the sums of a finished group of V to the fp32 buffer, relative to maxima `reference`.
-  // The step before `n` was the group's last.
   template <bool kMayBePlain>
-  __device__ __forceinline__ void promote(int n, const float (&reference)[2]) {
-    const int group = (steps_ - n) / C::kStepsPerGroup;
+  __device__ __forceinline__ void promote(const float (&reference)[2], const bool (&sees)[2]) {
     float old[2];
-    bool sees[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], reference[h]);
-      sees[h] = reference[h] != -INFINITY && group * kValueGroup <= last_key_of(h);
       buffer_max_[h] = reference[h];
     }
     const bool is_plain = sees[0] && sees[1] && old[0] == 1.f && old[1] == 1.f;
@@ -463,7 +524,6 @@ class Consumer {
     }
     buffer_is_used_ = true;
     accumulates_ = 0;
-    group_count_++;
   }
 
   // kIsPlain: the maxima have not moved since the last group, and all rows see this one. A row that
@@ -521,7 +581,7 @@ class Consumer {
 
   // Sum of P over the group.
   __device__ __forceinline__ float group_sum(int h) const {
-    return output(C::kWidth / 2 + 2 * h) * (1.f / kOneInCode);
+    return output(C::kWidth / 2 + 2 * h) * (C::kHasGroupSums ? 1.f / kOneInCode : 1.f);
   }
   // Number i of the group's P V, without the shift, plus `rest`.
   __device__ __forceinline__ float dequantize(int i, float scale, float rest) const {
@@ -571,7 +631,9 @@ class Consumer {
     float old[2], inverse[2], sum[2];
     bool attends[2];
     float2 total = make_float2(0, 0);
-    if (buffer_is_used_) total = *total_place();
+    if constexpr (C::kHasGroupSums) {
+      if (buffer_is_used_) total = *total_place();
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       old[h] = decay(buffer_max_[h], top[h]);
@@ -599,7 +661,7 @@ class Consumer {
       if (p_.lse != nullptr && quad_ == 0) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const float lse = natural_lse(top[h] * kUnit, lse_sum[h], lse_shift[h]);
+          const float lse = natural_lse<C::kValues>(top[h] * kUnit, lse_sum[h], lse_shift[h]);
           store_lse(p_, place, h, attends[h] ? lse : -INFINITY);
         }
       }
@@ -640,8 +702,9 @@ class Consumer {
     float4 before;  // sums of finished groups
   };
   __device__ __forceinline__ Columns load_columns(int j, const float* scales) const {
-    return {*reinterpret_cast<const float2*>(scales + 8 * j),
-            *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j),
+    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+    if constexpr (!C::kHasGroupSums) return {scale, {}, {}};
+    return {scale, *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j),
             buffer_is_used_ ? sums(j) : make_float4(0, 0, 0, 0)};
   }
 
@@ -653,10 +716,12 @@ class Consumer {
     for (int j = 0; j < C::kWidth / 8; j++) {
       const auto [scale, shift, before] = next;
       if (j + 1 < C::kWidth / 8) next = load_columns(j + 1, r.scales);
-      const float4 y = {fmaf(before.x, r.old[0], shift.x * r.sum[0]),
-                        fmaf(before.y, r.old[0], shift.y * r.sum[0]),
-                        fmaf(before.z, r.old[1], shift.x * r.sum[1]),
-                        fmaf(before.w, r.old[1], shift.y * r.sum[1])};
+      float4 y{};
+      if constexpr (C::kHasGroupSums)
+        y = {fmaf(before.x, r.old[0], shift.x * r.sum[0]),
+             fmaf(before.y, r.old[0], shift.y * r.sum[0]),
+             fmaf(before.z, r.old[1], shift.x * r.sum[1]),
+             fmaf(before.w, r.old[1], shift.y * r.sum[1])};
       float x[2][2] = {{dequantize(4 * j, scale.x, y.x) * r.inverse[0],
                         dequantize(4 * j + 1, scale.y, y.y) * r.inverse[0]},
                        {dequantize(4 * j + 2, scale.x, y.z) * r.inverse[1],
@@ -667,9 +732,13 @@ class Consumer {
     }
   }
 
-  using ValueProduct = Values<C::kOutputColumns>;
+  using ValueProduct = Values<C::kOutputColumns, C::kValues>;
   static constexpr int kStages = C::kStages;
   static constexpr int kScores = Scores<C::kKeys>::kRegisters;
+  // Whether hidden keys are hidden once their P is a code, which takes fewer instructions; the
+  // exact sum must not have them before.
+  static constexpr bool kHidesCodes = C::kHasGroupSums && !C::kSumsExactly;
+  static constexpr float kLogTop = kOffset<C::kValues>, kLogLag = kLag<C::kValues>;
   // Of maxima, in base-2 logits.
   static constexpr float kUnit = C::kHasMask ? kMaskedUnit : 1.f;
 
@@ -694,8 +763,8 @@ class Consumer {
   bool buffer_is_used_;
   int accumulates_;
   int s_[kScores];
-  uint32_t p8_[C::kKeys / 8];
-  uint32_t o_[ValueProduct::kRegisters];
+  uint32_t p_codes_[C::kKeys / 8 * code_bytes(C::kValues)];
+  typename ValueProduct::Register o_[ValueProduct::kRegisters];
   float sums_[C::kSumRegisters > 0 ? C::kSumRegisters : 1];  // what buffer_ has no room for
   MaskTile<C> mask_;
 };

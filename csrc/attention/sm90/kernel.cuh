@@ -1,8 +1,9 @@
 // The attention kernel: persistent blocks of one producer and one to three consumer warpgroups.
 //
-// INT8 Q K^T with both operands in shared memory; P, as E4M3, stays in the registers in which the
-// scores arrive; E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32
-// buffer in shared memory. Behind V stand rows of ones, so the same instruction sums P.
+// INT8 Q K^T with both operands in shared memory; P stays in the registers in which the scores
+// arrive. E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32 buffer in
+// shared memory; bf16 P V accumulates in fp32. Behind V stand rows of ones, so the same instruction
+// sums P.
 #pragma once
 
 #include "attention/sm90/consumer.cuh"
@@ -36,10 +37,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kConsumers == 1 ? 2 : 1)
     fence_barriers();
   }
   // The rows of ones behind every panel of V; copies never touch them.
-  constexpr int kPanels = kStages * C::kKeys / kKeyTile, kOnesWords = 8 * kKeyTile / 4;
+  constexpr int kPanels = kStages * C::kKeys / kKeyTile, kOnesWords = 8 * C::kTileBytes / 4;
   for (int i = threadIdx.x; i < kPanels * kOnesWords; i += C::kThreads)
     reinterpret_cast<uint32_t*>(shared + C::kValueAt + i / kOnesWords * C::kPanelBytes +
-                                C::kWidth * kKeyTile)[i % kOnesWords] = kOneCodes;
+                                C::kWidth * C::kTileBytes)[i % kOnesWords] = kOneCodes<C::kValues>;
   fence_async_proxy();
   __syncthreads();
   if constexpr (C::kIsSplit) let_next_kernel_start();  // which waits for this one's results
@@ -67,7 +68,7 @@ void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStrea
   schedule.total = schedule.row_blocks * schedule.heads * (C::kIsSplit ? params.parts.count : 1);
   schedule.section = 0;
   if (!C::kIsSplit && params.causal != Causal::kNone) {
-    const int64_t head_bytes = params.kv.tiles * kKeyTile * C::kWidth * 2;
+    const int64_t head_bytes = params.kv.tiles * (kKeyTile + C::kTileBytes) * C::kWidth;
     const int64_t kv_heads = kSectionBytes / head_bytes;
     schedule.section =
         static_cast<int>(kv_heads < 1 ? 1 : kv_heads) * (params.heads_q / params.heads_kv);

@@ -17,6 +17,13 @@ void launch_exact_256(const AttentionParams& params, int multiprocessors, cudaSt
 void launch_masked_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_masked_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_masked_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_bf16_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_bf16_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_bf16_lse_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_bf16_lse_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_bf16_masked_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_bf16_masked_128(const AttentionParams& params, int multiprocessors,
+                            cudaStream_t stream);
 void launch_split_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_split_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_split_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);

@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kMergeThreads)
                         row % tokens * p.output_rows.stride_n;
   store(p, place, 4 * lane, result);
   if (p.lse != nullptr && threadIdx.x == 0)
-    p.lse[blockIdx.x] = attends ? natural_lse(largest * unit, exact, of_parts[0].w) : -INFINITY;
+    p.lse[blockIdx.x] =
+        attends ? natural_lse<ValueFormat::kE4m3>(largest * unit, exact, of_parts[0].w) : -INFINITY;
 }
 
 }  // namespace

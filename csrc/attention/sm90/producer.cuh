@@ -24,7 +24,7 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const int64_t tile = head * p.kv.tiles + 2 * work.first_block;
     const int64_t first_group = head * p.kv.groups + work.first_group;
     const int8_t* keys = p.kv.key_codes + tile * (kKeyTile * C::kWidth);
-    const uint8_t* values = p.kv.value_codes + tile * (kKeyTile * C::kWidth);
+    const uint8_t* values = p.kv.value_codes + tile * (C::kTileBytes * C::kWidth);
     const float* value_scales = p.kv.value_scales + first_group * C::kWidth;
     const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
     const int first = first_step<C>(p, work.part);
@@ -38,8 +38,8 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
       const bool starts_group =
           step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
-      barrier_expect(barriers.value_full(stage),
-                     C::kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
+      barrier_expect(barriers.value_full(stage), C::kKeys / kKeyTile * C::kTileBytes * C::kWidth +
+                                                     (starts_group ? 2 * kScaleBytes : 0));
       if (starts_group) {
         const int64_t group = step / C::kStepsPerGroup;
         const uint32_t slot =
@@ -52,7 +52,7 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
       }
 #pragma unroll
       for (int panel = 0; panel < C::kKeys / kKeyTile; panel++) {
-        constexpr int kBytes = kKeyTile * C::kWidth;
+        constexpr int kBytes = C::kTileBytes * C::kWidth;
         copy_to_shared(
             base + C::kValueAt + stage * C::kValueBytes + panel * C::kPanelBytes,
             values + (static_cast<int64_t>(step) * (C::kKeys / kKeyTile) + panel) * kBytes, kBytes,

@@ -147,6 +147,12 @@ __device__ __forceinline__ uint32_t pack_u8(float low, float high, uint32_t rest
       : "f"(low), "f"(high), "r"(rest));
   return packed;
 }
+// Two floats as bf16, rounded to nearest even.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t packed;
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
 // Four floats as E4M3, rounded to nearest even, saturated; NaN stays NaN.
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
   uint32_t packed;

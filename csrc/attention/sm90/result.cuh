@@ -14,9 +14,10 @@ constexpr float kMaskedUnit = 2.f;
 
 // Of a row whose P is relative to `top`, a base-2 logit, and adds up to `sum`. Where `top` is out
 // of range it is what the biases of a row would be that has only the least.
+template <ValueFormat kValues>
 __device__ __forceinline__ float natural_lse(float top, float sum, float shift) {
   const float largest = fmaxf(top, -kLargestFloat);
-  return (largest - kOffset + __log2f(sum)) * 0.6931471805599453f + shift;
+  return (largest - kOffset<kValues> + __log2f(sum)) * 0.6931471805599453f + shift;
 }
 
 // Where the results of two rows for a part of the keys go.

@@ -168,6 +168,13 @@ __device__ __forceinline__ uint32_t e4m3_pair(float low, float high, __half2& va
   return codes;
 }
 
+// Two numbers as bf16, rounded to nearest even; what is finite stays finite.
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // Folds 8 numbers of each of 16 lanes over the lanes; a lane gets number `lane % 8`.
 template <typename Fold>
 __device__ __forceinline__ float fold_16_lanes(float (&x)[8], int lane, Fold fold) {
@@ -479,6 +486,7 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
   cluster.sync();
 
   const int64_t group_at = (group.first_group + group.number) * kWidth;
+  const bool is_bf16 = p.kv.value_format == ValueFormat::kBf16;
   const int shares = group.blocks * kShares;
   if (thread < kWidth) {
     float sum = 0, low = INFINITY, high = -INFINITY;
@@ -491,8 +499,12 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
     const float center =
         p.smooth_value ? sum * (static_cast<float>(kValueGroup) / group.count) : 0.f;
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
-    const ScaleAndInverse scale =
+    ScaleAndInverse scale =
         scale_and_inverse(larger_of(fabsf(low - center), fabsf(high - center)), kValueMax);
+    if (is_bf16) {
+      scale.scale = scale.scale == scale.scale ? 1.f : NAN;
+      if (rank == 0) p.kv.value_shift[group_at + thread] = 0.f;
+    }
     shared.center[thread] = center;
     shared.scale[thread] = scale.scale;
     shared.inverse[thread] = scale.inverse;
@@ -500,6 +512,33 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
   }
 
   __syncthreads();
+
+  if (is_bf16) {
+    // Two words of a channel: the keys of a thread in the halves of 16.
+#pragma unroll
+    for (int panel = 0; panel < kPanels; panel++) {
+      const int tile = first / kKeyTile + first_panel + panel;
+      if (tile >= tiles) break;
+      uint8_t* image = p.kv.value_codes + (group.first_tile + tile) * (2 * kKeyTile * kWidth);
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+        const int column = value_column + c;
+        const bool is_finite = shared.scale[column] == 1.f;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int i = 2 * half, chunk = quad / 4 * 2 + half;
+          const uint32_t codes =
+              is_finite ? bf16_pair(value_row(panel, i) < valid ? v[panel][i][c] : 0.f,
+                                    value_row(panel, i + 1) < valid ? v[panel][i + 1][c] : 0.f)
+                        : 0;
+          *reinterpret_cast<uint32_t*>(image + column * (2 * kKeyTile) +
+                                       sm90::swizzled<2 * kKeyTile>(chunk, column) * 16 +
+                                       quad % 4 * 4) = codes;
+        }
+      }
+    }
+    return;
+  }
 
   // Codes of V, and how much they are too small on average. Where the scale is NaN the codes do not
   // matter.

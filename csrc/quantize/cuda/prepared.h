@@ -14,7 +14,11 @@ namespace torch_sage {
 constexpr int kKeyTile = 64;       // keys of one image
 constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) / 2
 constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
-constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
+constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets in E4M3
+
+// Of the images of V, and of P beside them.
+enum class ValueFormat { kE4m3, kBf16 };
+constexpr int code_bytes(ValueFormat format) { return format == ValueFormat::kBf16 ? 2 : 1; }
 
 // All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64, 128 or 256.
 // Packed sequences are one batch entry, in which each begins with a block of 128 keys and a group
@@ -31,11 +35,13 @@ struct PreparedKv {
   float* key_scales;  // [blocks of 128 keys, 4]
   float* key_mean;    // [head_dim], per sequence
   // Images [width, 64 keys] of E4M3; the 16 keys of a chunk stand in the order in which a thread
-  // holds its scores: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15.
+  // holds its scores: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15. Or of bf16, in order.
+  ValueFormat value_format;
   uint8_t* value_codes;
-  float* value_scales;  // [groups of 1024 keys, width]; NaN: something in there is not finite
+  // [groups of 1024 keys, width]; NaN: something in there is not finite. Of bf16 otherwise 1.
+  float* value_scales;
   // The same; what V has more than codes times scales on average: the mean that was subtracted, and
-  // the mean error of the codes.
+  // the mean error of the codes. Of bf16, which has neither, 0.
   float* value_shift;
 };
 

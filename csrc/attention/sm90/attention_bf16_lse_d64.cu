@@ -1,0 +1,10 @@
+#include "attention/sm90/kernel.cuh"
+#include "attention/sm90/launch.h"
+
+namespace torch_sage::sm90 {
+
+void launch_bf16_lse_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
+  launch_kernel<Config<64, Mode::kExact, ValueFormat::kBf16>>(params, multiprocessors, stream);
+}
+
+}  // namespace torch_sage::sm90
