@@ -87,8 +87,7 @@ __device__ __forceinline__ uint32_t largest_magnitudes(const Eight<kDtype == Dty
                                                        uint32_t so_far) {
   constexpr uint32_t kMagnitude = kDtype == Dtype::kFloat32 ? 0x7fffffffu : 0x7fff7fffu;
 #pragma unroll
-  for (const uint32_t word : x.words)
-    so_far = larger_magnitudes<kDtype>(so_far, word & kMagnitude);
+  for (const uint32_t word : x.words) so_far = larger_magnitudes<kDtype>(so_far, word & kMagnitude);
   return so_far;
 }
 template <Dtype kDtype>
@@ -154,7 +153,8 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     }
     uint32_t largest = 0;
 #pragma unroll
-    for (int c = 0; c < kChunks; c++) largest = largest_magnitudes<kDtype>(chunk_of(row, c), largest);
+    for (int c = 0; c < kChunks; c++)
+      largest = largest_magnitudes<kDtype>(chunk_of(row, c), largest);
 #pragma unroll
     for (int step = 1; step < kLanes; step *= 2)
       largest = larger_magnitudes<kDtype>(largest, __shfl_xor_sync(~0u, largest, step));
@@ -166,7 +166,8 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     for (int c = 0; c < kChunks; c++) {
       const Eight<kIsWide>& eight = chunk_of(row, c);
       if constexpr (C::kHasLse) {
-        if (p.lse != nullptr) dot = add_key_mean<kDtype>(p, mean, eight, (c * kLanes + part) * 8, dot);
+        if (p.lse != nullptr)
+          dot = add_key_mean<kDtype>(p, mean, eight, (c * kLanes + part) * 8, dot);
       }
       uint32_t packed[2];
 #pragma unroll
