@@ -505,8 +505,7 @@ class Warp {
 #pragma unroll
           for (int k = 0; k < 2; k++)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-              pairs[k][h] = pack_halves(p_.dtype, x[k][h][0], x[k][h][1]);
+            for (int h = 0; h < 2; h++) pairs[k][h] = pack_halves(p_.dtype, x[k][h][0], x[k][h][1]);
           vectors.store(j, pairs[0], pairs[1]);
         } else {
 #pragma unroll

@@ -3,7 +3,8 @@
 
 namespace torch_sage::sm90 {
 
-void launch_bf16_masked_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
+void launch_bf16_masked_64(const AttentionParams& params, int multiprocessors,
+                           cudaStream_t stream) {
   launch_kernel<Config<64, Mode::kMasked, ValueFormat::kBf16>>(params, multiprocessors, stream);
 }
 

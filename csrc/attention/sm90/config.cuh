@@ -61,12 +61,11 @@ struct Config {
   // In all, no more registers than a multiprocessor has; half of them for a single consumer, two of
   // whose blocks may share one.
   static constexpr int kConsumerRegisters = kConsumers == 3       ? 152
-                                            : !kHasGroupSums      ? 224
-                                            : kConsumers == 2     ? 232
+                                            : kConsumers == 2     ? kHasGroupSums ? 232 : 224
                                             : kHasMask || kIsWide ? 216
                                                                   : 168;
-  static constexpr int kProducerRegisters = kConsumers == 3 || !kHasGroupSums ? 56
-                                            : kConsumers == 2 ? 40
+  static constexpr int kProducerRegisters = kConsumers == 3   ? 56
+                                            : kConsumers == 2 ? kHasGroupSums ? 40 : 56
                                                               : 256 - kConsumerRegisters;
 
   static constexpr int kKeys = kIsWide || (kHasMask && !kHasGroupSums) ? 64 : 128;  // of a step

@@ -10,18 +10,15 @@ void launch_attention(const AttentionParams& params, int multiprocessors, cudaSt
       kExact[] = {launch_exact_64, launch_exact_128, launch_exact_256},
       kMasked[] = {launch_masked_64, launch_masked_128, launch_masked_256},
       kSplit[] = {launch_split_64, launch_split_128, launch_split_256},
-      kSplitMasked[] = {launch_split_masked_64, launch_split_masked_128, launch_split_masked_256};
-  constexpr decltype(&launch_mixed_64) kBf16[] = {launch_bf16_64, launch_bf16_128},
-                                       kBf16Lse[] = {launch_bf16_lse_64, launch_bf16_lse_128},
-                                       kBf16Masked[] = {launch_bf16_masked_64,
-                                                        launch_bf16_masked_128};
+      kSplitMasked[] = {launch_split_masked_64, launch_split_masked_128, launch_split_masked_256},
+      kBf16[] = {launch_bf16_64, launch_bf16_128},
+      kBf16Lse[] = {launch_bf16_lse_64, launch_bf16_lse_128},
+      kBf16Masked[] = {launch_bf16_masked_64, launch_bf16_masked_128};
+  const bool is_split = params.parts.count > 0, has_mask = params.mask_kind != MaskKind::kNone;
   if (params.kv.value_format == ValueFormat::kBf16) {
-    const auto& launches = params.mask_kind != MaskKind::kNone ? kBf16Masked
-                           : params.lse != nullptr             ? kBf16Lse
-                                                               : kBf16;
+    const auto& launches = has_mask ? kBf16Masked : params.lse != nullptr ? kBf16Lse : kBf16;
     return launches[params.kv.width / 128](params, multiprocessors, stream);
   }
-  const bool is_split = params.parts.count > 0, has_mask = params.mask_kind != MaskKind::kNone;
   const auto& launches = is_split   ? has_mask ? kSplitMasked : kSplit
                          : has_mask ? kMasked
                          : params.lse != nullptr && params.is_part && !params.exact_exponential
