@@ -1,18 +1,22 @@
 // K and V in the layout of Hopper's attention kernel, each read once, in one launch.
 //
-// A cluster of blocks takes a value group: 1024 tokens of one head. V needs its mean and its
-// extremes over the group before any code is known, so the blocks exchange those through shared
-// memory; the tokens themselves stay in registers. The mean of K is that of 32 sampled tokens:
-// softmax does not change whatever vector is subtracted from all keys of a head.
+// A cluster of blocks takes one value group after another: 1024 tokens of one head. V needs its
+// mean and its extremes over the group before any code is known, so the blocks exchange those
+// through shared memory; the tokens themselves stay in registers, and meanwhile those of the next
+// group come to shared memory. The mean of K is that of 32 sampled tokens: softmax does not change
+// whatever vector is subtracted from all keys of a head.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <bit>
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <type_traits>
-#include <utility>
 
+#include "attention/copy_async.cuh"
 #include "attention/sm90/ptx.cuh"
 #include "common/packed.cuh"
 #include "cuda/error.h"
@@ -28,18 +32,36 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-template <int kWidth>
-constexpr int kThreads = kWidth > 128 ? 512 : 256;
+constexpr int kThreads = 512;  // of a block, of which a multiprocessor has one
 constexpr int kSamples = 32;
 
 // Eight adjacent elements, as the words they came in.
 template <typename Element>
 struct Vector8 {
   static constexpr int kWords = 2 * sizeof(Element);
+  static constexpr int kParts = kWords / 4;  // of 16 bytes
   uint32_t words[kWords];
 
   __device__ __forceinline__ void load(const Element* from, bool is_inside) {
     load_words(words, from, is_inside);
+  }
+  // The same by way of slots in shared memory, a place for each thread in each. `from` must be a
+  // valid address all the same.
+  __device__ __forceinline__ static void fetch(uint4 (*slots)[kThreads], const Element* from,
+                                               bool is_inside) {
+#pragma unroll
+    for (int i = 0; i < kParts; i++)
+      copy_16_async(shared_address(&slots[i][threadIdx.x]), from + i * (8 / kParts), is_inside);
+  }
+  __device__ __forceinline__ void take(const uint4 (*slots)[kThreads]) {
+#pragma unroll
+    for (int i = 0; i < kParts; i++) {
+      const uint4 part = slots[i][threadIdx.x];
+      words[4 * i] = part.x;
+      words[4 * i + 1] = part.y;
+      words[4 * i + 2] = part.z;
+      words[4 * i + 3] = part.w;
+    }
   }
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (sizeof(Element) == 4) {
@@ -112,7 +134,7 @@ __host__ __device__ int query_blocks(const PrepareParams& p) {
 // Codes and scales of some rows of a query, which are normed and rotated first.
 template <Pairing kPairing, int kWidth, typename Element>
 __device__ __forceinline__ void prepare_query(const PrepareParams& p, int index) {
-  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads<kWidth> / kLanes;
+  constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads / kLanes;
   const QueryParams& q = p.query;
   if (index >= query_blocks(p)) return;
   // Blocks that run together share rows, and so the tables in the cache.
@@ -183,32 +205,32 @@ __device__ __forceinline__ float fold_16_lanes(float (&x)[8], int lane, Fold fol
   return fold(x[0], __shfl_xor_sync(~0u, x[0], 8));
 }
 
-// Tokens of a block: so many that a thread has the same number of elements at any width.
-template <int kWidth>
-constexpr int kTokens = kThreads<kWidth> * 64 / kWidth;
-template <int kWidth>
-constexpr int kBlocks = kValueGroup / kTokens<kWidth>;
+// Sizes of a block's share of a group: so many tokens that a thread has the same number of elements
+// at any width.
+template <int kWidth, typename Element>
+struct Share {
+  static constexpr int kTokens = kThreads * 64 / kWidth;
+  static constexpr int kBlocks = kValueGroup / kTokens;  // that share a group
+  static constexpr int kScaleBlocks = kTokens / kKeyBlock128;
 
-// Warps that share the tokens of a block in a channel of V, and those of a group.
-template <int kWidth>
-constexpr int kShares = kThreads<kWidth> / 32 / (kWidth / 16);
-template <int kWidth>
-constexpr int kAllShares = kBlocks<kWidth> * kShares<kWidth>;
+  // K: kLanes threads have a row, and a thread 8 channels of every kRowsAtOnce-th row.
+  static constexpr int kLanes = kWidth / 8, kRowsAtOnce = kThreads / kLanes;
+  static constexpr int kRounds = kTokens / kRowsAtOnce;
+  static constexpr int kSampleRounds = (kSamples + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kRowsSampled = kSamples / kSampleRounds;  // at once
 
-template <int kWidth>
-struct Shared {
-  union {
-    float samples[kThreads<kWidth> / (kWidth / 8)][kWidth];  // of K: partial sums
-    float error[kAllShares<kWidth>][kWidth];                 // of V, later
-  };
-  float key_mean[kWidth];
-  uint32_t key_amax[kTokens<kWidth> / kKeyBlock128][4];
-  // What every block of the cluster has written, here: nobody reads another's memory, so that a
-  // block may leave as soon as it has written.
-  float sum[kAllShares<kWidth>][kWidth], low[kAllShares<kWidth>][kWidth];
-  float high[kAllShares<kWidth>][kWidth];
-  float center[kWidth];
-  float scale[kWidth], inverse[kWidth];
+  // V: a warp has a pair of 8 channels of kPanels times 64 tokens.
+  static constexpr int kPairs = kLanes / 2;
+  static constexpr int kShares = kThreads / 32 / kPairs;  // warps that share a pair's tokens
+  static constexpr int kAllShares = kBlocks * kShares;    // in a group
+  static constexpr int kPanels = kTokens / kKeyTile / kShares;
+
+  // A thread has no registers for fp32 K and V together, nor shared memory for those to come.
+  static constexpr bool kLoadsValuesLate = sizeof(Element) == 4;
+  static constexpr int kParts = Vector8<Element>::kParts;
+  static constexpr int kSampleSlot = kRounds * kParts;
+  static constexpr int kValueSlot = kSampleSlot + kSampleRounds * kParts;
+  static constexpr int kSlots = kValueSlot + (kLoadsValuesLate ? 0 : kPanels * 4 * kParts);
 };
 
 // 1024 keys of a head in their sequence, which is a batch entry or one of those that are packed,
@@ -222,19 +244,36 @@ struct Group {
   int64_t first_tile, first_group;  // of the sequence
   int first_rank, blocks;
   int rank;  // of this block among those; blocks, if it is none of them
+
+  __device__ __forceinline__ bool is_active() const { return rank < blocks; }
 };
 
-// Of a batch: a cluster has a group.
+template <class S, int kWidth>
+struct Shared {
+  Group groups[4];  // by number modulo 4: the last one, this one, and two to come
+  // What comes of the next group: of K, the samples of K, and V.
+  uint4 slots[S::kSlots][kThreads];
+  float samples[S::kRowsSampled][kWidth];  // of K: partial sums
+  float key_mean[kWidth];
+  uint32_t key_amax[S::kScaleBlocks][4];
+  // What every block of the group has written, here: nobody reads another's memory.
+  float sum[S::kAllShares][kWidth], low[S::kAllShares][kWidth], high[S::kAllShares][kWidth];
+  float error[S::kAllShares][kWidth];  // the same, to the group's first block alone
+  float center[kWidth];
+  float scale[kWidth], inverse[kWidth];
+};
+
+// Of a batch.
 template <int kBlocks>
-__device__ __forceinline__ Group group_of_batch(const PrepareParams& p, int cluster, int rank) {
+__device__ __forceinline__ Group group_of_batch(const PrepareParams& p, int index, int rank) {
   // Of all heads the same tokens first, which share the tables and may lie side by side.
-  const int heads = p.batch * p.heads, head = cluster % heads;
+  const int heads = p.batch * p.heads, head = index % heads;
   Group group{};
   group.batch = head / p.heads;
   group.head = head % p.heads;
   group.mean = head;
   group.seqlen = p.kv.seqlen;
-  group.number = cluster / heads;
+  group.number = index / heads;
   group.count = min(kValueGroup, group.seqlen - group.number * kValueGroup);
   group.first_tile = head * p.kv.tiles;
   group.first_group = head * p.kv.groups;
@@ -244,13 +283,12 @@ __device__ __forceinline__ Group group_of_batch(const PrepareParams& p, int clus
 }
 
 // Of packed sequences: clusters have `size` blocks, a power of two. Where a group needs half of
-// them or fewer, the cluster of a head works for the next heads, too, whose clusters then do
-// nothing.
+// them or fewer, the cluster works for the next heads, too, whose turn is then nobody's.
 template <int kTokens>
-__device__ __forceinline__ Group group_of_packed(const PrepareParams& p, int cluster, int rank,
+__device__ __forceinline__ Group group_of_packed(const PrepareParams& p, int index, int rank,
                                                  int size) {
   Group group{};
-  const int unit = cluster / p.heads;
+  const int unit = index / p.heads;
   const int sequence = find_sequence(p.kv.packed, unit, kValueGroup);
   const Span keys = span_of(p.kv.packed, sequence);
   const int first_group = first_unit(keys.first, sequence, kValueGroup);
@@ -260,7 +298,7 @@ __device__ __forceinline__ Group group_of_packed(const PrepareParams& p, int clu
   if (group.number < 0 || group.count <= 0) return group;
   group.blocks = (group.count + kTokens - 1) / kTokens;
   const int share = 1 << (32 - __clz(group.blocks - 1));  // of a cluster's blocks
-  const int first_head = cluster % p.heads;
+  const int first_head = index % p.heads;
   group.head = first_head + rank / share;
   const bool has_head = first_head % (size / share) == 0 && group.head < p.heads;
   group.first_rank = rank / share * share;
@@ -272,179 +310,305 @@ __device__ __forceinline__ Group group_of_packed(const PrepareParams& p, int clu
   return group;
 }
 
-template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked>
-__global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWidth <= 128 ? 2 : 1)
-    prepare_kv_kernel(const __grid_constant__ PrepareParams p) {
-  constexpr int kTokens = torch_sage::kTokens<kWidth>, kBlocks = torch_sage::kBlocks<kWidth>;
-  constexpr int kThreads = torch_sage::kThreads<kWidth>, kShares = torch_sage::kShares<kWidth>;
-  constexpr int kLanes = kWidth / 8;  // threads that share a row of K
-  constexpr int kRowsAtOnce = kThreads / kLanes;
-  constexpr int kRounds = kTokens / kRowsAtOnce;
-  constexpr int kRoundsPerScale = kKeyBlock128 / kRowsAtOnce;
-  constexpr int kPairs = kLanes / 2;  // pairs of 8 channels of V, each of some warps
-  constexpr int kPanels = kTokens / kKeyTile * kPairs / (kThreads / 32);  // of V, per warp
-  __shared__ Shared<kWidth> shared;
+// One block's work on the groups that its cluster takes one after another.
+//
+// A block tells the others the extremes of its V, quantizes K, and only then waits for theirs. What
+// its group's codes of V lack is summed up when the next group's V is in registers.
+template <int kWidth, typename Element, Pairing kPairing>
+class Preparer {
+ public:
+  using S = Share<kWidth, Element>;
+  using Memory = Shared<S, kWidth>;
 
-  sm90::let_next_kernel_start();
-  if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
-  if constexpr (kPairing != Pairing::kNone) {
-    const int of_keys = static_cast<int>(p.kv.groups) * kBlocks * p.batch * p.heads;
-    if (blockIdx.x >= of_keys) {  // whole clusters
-      prepare_query<kPairing, kWidth, Element>(p, blockIdx.x - of_keys);
-      return;
-    }
-  }
-  cg::cluster_group cluster = cg::this_cluster();
-  Group group;
-  if constexpr (kIsPacked) {
-    const int size = cluster.num_blocks();
-    const int of_keys = static_cast<int>(p.kv.groups) * size * p.heads;
-    if (blockIdx.x >= of_keys) {  // whole clusters
-      fill_unattended<kThreads, Element>(p.packed_output, p.kv.packed, blockIdx.x - of_keys);
-      return;
-    }
-    group = group_of_packed<kTokens>(p, blockIdx.x / size, cluster.block_rank(), size);
-    if (group.rank >= group.blocks) return;
-  } else {
-    group = group_of_batch<kBlocks>(p, blockIdx.x / kBlocks, cluster.block_rank());
-  }
-  const int seqlen = group.seqlen, rank = group.rank;
-  // Another block's shared memory may be written to once that block runs.
-  auto started = cluster.barrier_arrive();
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int first = group.number * kValueGroup + rank * kTokens;  // token of the block
-  const int valid = min(kTokens, seqlen - first);
-  const int tiles = (seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;  // of the sequence
-  const Element* key = static_cast<const Element*>(p.key) + group.batch * p.key_stride_b +
-                       group.head * p.key_stride_h + group.first_row * p.key_stride_n;
-  const Element* value = static_cast<const Element*>(p.value) + group.batch * p.value_stride_b +
-                         group.head * p.value_stride_h + group.first_row * p.value_stride_n;
+  __device__ __forceinline__ Preparer(const PrepareParams& params, Memory& shared)
+      : p_(params), shared_(shared), cluster_(cg::this_cluster()), thread_(threadIdx.x) {}
 
-  // K: a thread has 8 channels of every kRowsAtOnce-th row.
-  const int key_column = thread % kLanes * 8, key_row = thread / kLanes;
-  Vector8<Element> k[kRounds];
+  // Groups `index`, `index + stride` and so on, below `count`; `group_at` finds one for a warp.
+  template <typename GroupAt>
+  __device__ __forceinline__ void run(int index, int stride, int count, GroupAt group_at) {
+    const auto find_group = [&](int i) {
+      if (thread_ >= 32) return;
+      const int at = index + i * stride;
+      const Group group = at < count ? group_at(at) : Group{};
+      if (lane() == 0) shared_.groups[i % 4] = group;
+    };
+    find_group(0);
+    find_group(1);
+    __syncthreads();
+    fetch_keys(shared_.groups[0]);
+    fetch_values(shared_.groups[0]);
+    commit_copies();
+    // Another block's shared memory may be written to once that block runs.
+    cluster_.barrier_arrive();
+    int i = 0;
+    for (; index + i * stride < count; i++) {
+      const Group &group = shared_.groups[i % 4], &next = shared_.groups[(i + 1) % 4];
+      forget();
+      find_group(i + 2);
+      wait_for_copies<0>();
+      if constexpr (S::kLoadsValuesLate) {
+        prepare_keys(group, next);
+        load_values(group);
+        fetch_keys(next);
+      } else {
+        take_values();
+        fetch_values(next);
+      }
+      const Extremes own = extremes(group);
+      cluster_.barrier_wait();
+      if (i > 0) finish(shared_.groups[(i - 1) % 4]);
+      tell(group, own);
+      cluster_.barrier_arrive();
+      if constexpr (!S::kLoadsValuesLate) prepare_keys(group, next);
+      commit_copies();
+      cluster_.barrier_wait();
+      write_values(group);
+      cluster_.barrier_arrive();
+    }
+    cluster_.barrier_wait();
+    finish(shared_.groups[(i - 1) % 4]);
+  }
+
+ private:
+  // What follows from the thread's number: found again in every part of the work, or the compiler
+  // would keep it all, for which there are not the registers.
+  __device__ __forceinline__ void forget() { asm volatile("" : "+r"(thread_)); }
+  __device__ __forceinline__ int lane() const { return thread_ % 32; }
+  __device__ __forceinline__ int key_column() const { return thread_ % S::kLanes * 8; }
+  __device__ __forceinline__ int key_row() const { return thread_ / S::kLanes; }
+  __device__ __forceinline__ int quad() const { return lane() % 16; }
+  __device__ __forceinline__ int value_column() const {
+    return (thread_ / 32 % S::kPairs * 2 + lane() / 16) * 8;
+  }
+  __device__ __forceinline__ int first_panel() const {
+    return thread_ / 32 / S::kPairs * S::kPanels;
+  }
+
+  // Of the sequence: the block's first token, and how many of its tokens there are.
+  __device__ __forceinline__ static int first_token(const Group& group) {
+    return group.number * kValueGroup + group.rank * S::kTokens;
+  }
+  __device__ __forceinline__ static int valid_tokens(const Group& group) {
+    return min(S::kTokens, group.seqlen - first_token(group));
+  }
+  __device__ __forceinline__ static int tiles(const Group& group) {
+    return (group.seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;
+  }
+  __device__ __forceinline__ const Element* key(const Group& group) const {
+    return static_cast<const Element*>(p_.key) + group.batch * p_.key_stride_b +
+           group.head * p_.key_stride_h + group.first_row * p_.key_stride_n;
+  }
+  __device__ __forceinline__ const Element* value(const Group& group) const {
+    return static_cast<const Element*>(p_.value) + group.batch * p_.value_stride_b +
+           group.head * p_.value_stride_h + group.first_row * p_.value_stride_n;
+  }
+
+  // K.
+
+  // Token of the sequence that is a sample of it, if it has so many.
+  __device__ __forceinline__ int sampled_token(const Group& group, int sample) const {
+    return group.seqlen < kSamples ? sample
+                                   : static_cast<int64_t>(sample) * group.seqlen / kSamples;
+  }
+  __device__ __forceinline__ void fetch_keys(const Group& group) {
+    if (!group.is_active()) return;
+    const Element* from = key(group);
+    const auto fetch = [&](int slot, int token, bool is_inside) {
+      is_inside = is_inside && key_column() < p_.head_dim;
+      Vector8<Element>::fetch(shared_.slots + slot * S::kParts,
+                              is_inside ? from + token * p_.key_stride_n + key_column() : from,
+                              is_inside);
+    };
+    const int first = first_token(group), valid = valid_tokens(group);
 #pragma unroll
-  for (int i = 0; i < kRounds; i++) {
-    const int row = i * kRowsAtOnce + key_row;
-    k[i].load(key + (first + row) * p.key_stride_n + key_column,
-              key_column < p.head_dim && row < valid);
+    for (int i = 0; i < S::kRounds; i++) {
+      const int row = i * S::kRowsAtOnce + key_row();
+      fetch(i, first + row, row < valid);
+    }
+    if (!p_.smooth_key || key_row() >= S::kRowsSampled) return;
+#pragma unroll
+    for (int i = 0; i < S::kSampleRounds; i++) {
+      const int sample = i * S::kRowsSampled + key_row();
+      fetch(S::kRounds + i, sampled_token(group, sample), sample < group.seqlen);
+    }
   }
-  const auto rotate_key = [&](Vector8<Element>& x, int token) {
+
+  __device__ __forceinline__ void rotate_key(Vector8<Element>& x, const Group& group, int token) {
     if constexpr (kPairing != Pairing::kNone) {
-      const int inside = min(token, seqlen - 1);
-      const Angles angles = angles_of(p.key_rotary, group.batch, inside, key_column);
-      rotate<kPairing, kWidth>(x, p.key_rotary, angles, group.batch, group.head, inside,
-                               key_column);
+      const int inside = min(token, group.seqlen - 1);
+      const Angles angles = angles_of(p_.key_rotary, group.batch, inside, key_column());
+      rotate<kPairing, kWidth>(x, p_.key_rotary, angles, group.batch, group.head, inside,
+                               key_column());
     }
-  };
-  // V: a thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
-  // the four codes of a channel are adjacent in the image. 16 lanes have the 64 tokens of a panel.
-  const int quad = lane % 16;  // chunk quad / 4, q = quad % 4
-  const int value_column = (warp % kPairs * 2 + lane / 16) * 8;
-  const int first_panel = warp / kPairs * kPanels;
-  const auto value_row = [&](int panel, int i) {
-    return (first_panel + panel) * kKeyTile + quad / 4 * 16 + quad % 4 * 2 + (i & 1) + (i & 2) * 4;
-  };
-  Vector8<Element> v[kPanels][4];
-  const auto load_values = [&] {
+  }
+
+  // Codes and scales of the keys that have come; those of the next group are asked for.
+  __device__ __forceinline__ void prepare_keys(const Group& group, const Group& next) {
+    // For fp32 there are not the registers: it is read from shared memory whenever it is needed.
+    constexpr bool kHolds = sizeof(Element) == 2;
+    Vector8<Element> k[kHolds ? S::kRounds : 1], samples[S::kSampleRounds];
+    const auto key = [&](int i) -> const Vector8<Element>& {
+      if constexpr (!kHolds) k[0].take(shared_.slots + i * S::kParts);
+      return k[kHolds ? i : 0];
+    };
+    if constexpr (kHolds) {
 #pragma unroll
-    for (int panel = 0; panel < kPanels; panel++)
+      for (int i = 0; i < S::kRounds; i++) k[i].take(shared_.slots + i * S::kParts);
+    }
+#pragma unroll
+    for (int i = 0; i < S::kSampleRounds; i++)
+      samples[i].take(shared_.slots + S::kSampleSlot + i * S::kParts);
+    forget();
+    if constexpr (kHolds) fetch_keys(next);
+    forget();
+    if (!group.is_active()) return;
+    const int first = first_token(group), valid = valid_tokens(group);
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int i = 0; i < S::kRounds; i++)
+        rotate_key(k[i], group, first + i * S::kRowsAtOnce + key_row());
+    }
+
+    if (thread_ < S::kScaleBlocks * 4) shared_.key_amax[thread_ / 4][thread_ % 4] = 0;
+    find_key_mean(group, samples);
+    if (first == 0 && thread_ < p_.key_mean_columns)
+      p_.kv.key_mean[group.mean * p_.key_mean_columns + thread_] = shared_.key_mean[thread_];
+    float mean[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++) mean[c] = shared_.key_mean[key_column() + c];
+
+    // Amax. Rows of a thread share (row % 8) / 2, the index of their scale.
+    constexpr int kRoundsPerScale = S::kRounds / S::kScaleBlocks;
+    const int scale_index = key_row() % 8 / 2;
+#pragma unroll
+    for (int part = 0; part < S::kScaleBlocks; part++) {
+      float amax = 0;
+#pragma unroll
+      for (int i = part * kRoundsPerScale; i < (part + 1) * kRoundsPerScale; i++) {
+        if (i * S::kRowsAtOnce + key_row() >= valid) continue;
+        const Vector8<Element>& x = key(i);
+#pragma unroll
+        for (int c = 0; c < 8; c++) amax = larger_of(amax, fabsf(x[c] - mean[c]));
+      }
+      uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
+      if constexpr (S::kLanes >= 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
+#pragma unroll
+      for (int step = 8; step >= 1; step >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, step));
+      if (lane() % 16 == 0) atomicMax(&shared_.key_amax[part][scale_index], bits);
+    }
+    __syncthreads();
+
+    // Codes. Blocks of a cluster may lie behind the end.
+    const int last_tile = tiles(group);
+    if (thread_ < S::kScaleBlocks * 4 && first / kKeyBlock128 + thread_ / 4 < last_tile / 2)
+      p_.kv.key_scales[(group.first_tile / 2 + first / kKeyBlock128) * 4 + thread_] =
+          key_scale(thread_ / 4, thread_ % 4).scale;
+    int8_t* image = p_.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
+    float inverse = 0;
+#pragma unroll
+    for (int i = 0; i < S::kRounds; i++) {
+      if (i % kRoundsPerScale == 0) inverse = key_scale(i / kRoundsPerScale, scale_index).inverse;
+      const int row = i * S::kRowsAtOnce + key_row();
+      const Vector8<Element>& x = key(i);
+      float scaled[8];
+#pragma unroll
+      for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[c] - mean[c], inverse);
+      uint2 codes = codes_of(scaled);
+      if (row >= valid) codes = make_uint2(0, 0);
+      if (first / kKeyTile + row / kKeyTile < last_tile)
+        *reinterpret_cast<uint2*>(image + sm90::image_place<kWidth>(row, key_column())) = codes;
+    }
+  }
+
+  __device__ __forceinline__ ScaleAndInverse key_scale(int block, int index) const {
+    return scale_and_inverse_127(__uint_as_float(shared_.key_amax[block][index]));
+  }
+
+  // Leaves the mean in shared memory.
+  __device__ __forceinline__ void find_key_mean(const Group& group,
+                                                Vector8<Element> (&samples)[S::kSampleRounds]) {
+    const int count = min(kSamples, group.seqlen);
+    float mean[8] = {};
+    if (p_.smooth_key) {
+#pragma unroll
+      for (int i = 0; i < S::kSampleRounds; i++) {
+        const int sample = i * S::kRowsSampled + key_row();
+        rotate_key(samples[i], group, sampled_token(group, sample));
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+          const float x = samples[i][c] * (1.f / kSamples);
+          mean[c] += sample < count ? x : 0.f;
+        }
+      }
+    }
+    if (key_row() < S::kRowsSampled) {
+#pragma unroll
+      for (int c = 0; c < 8; c++) shared_.samples[key_row()][key_column() + c] = mean[c];
+    }
+    __syncthreads();
+    if (thread_ < kWidth) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < S::kRowsSampled; i++) sum += shared_.samples[i][thread_];
+      sum *= static_cast<float>(kSamples) / count;
+      // Any vector will do; one that is not finite would spoil every key.
+      shared_.key_mean[thread_] = is_finite(sum) ? sum : 0.f;
+    }
+    __syncthreads();
+  }
+
+  // V. A thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
+  // the four codes of a channel are adjacent in the image. 16 lanes have the 64 tokens of a panel.
+
+  __device__ __forceinline__ int value_row(int panel, int i) const {
+    return (first_panel() + panel) * kKeyTile + quad() / 4 * 16 + quad() % 4 * 2 + (i & 1) +
+           (i & 2) * 4;
+  }
+  // Calls `visit(panel, i, address, is_inside)` for all rows of this thread.
+  template <typename Visit>
+  __device__ __forceinline__ void visit_values(const Group& group, Visit visit) {
+    const Element* from = value(group);
+    const int first = first_token(group), valid = valid_tokens(group);
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; panel++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int row = value_row(panel, i);
-        v[panel][i].load(value + (first + row) * p.value_stride_n + value_column,
-                         value_column < p.head_dim_v && row < valid);
+        const bool is_inside = value_column() < p_.head_dim_v && row < valid;
+        visit(panel, i,
+              is_inside ? from + (first + row) * p_.value_stride_n + value_column() : from,
+              is_inside);
       }
+  }
+  __device__ __forceinline__ void load_values(const Group& group) {
+    if (!group.is_active()) return;
+    visit_values(group, [&](int panel, int i, const Element* from, bool is_inside) {
+      v_[panel][i].load(from, is_inside);
+    });
+  }
+  __device__ __forceinline__ uint4 (*value_slots(int panel, int i)) [kThreads] {
+    return shared_.slots + S::kValueSlot + (panel * 4 + i) * S::kParts;
+  } __device__ __forceinline__ void fetch_values(const Group& group) {
+    if (S::kLoadsValuesLate || !group.is_active()) return;
+    visit_values(group, [&](int panel, int i, const Element* from, bool is_inside) {
+      Vector8<Element>::fetch(value_slots(panel, i), from, is_inside);
+    });
+  }
+  __device__ __forceinline__ void take_values() {
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; panel++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) v_[panel][i].take(value_slots(panel, i));
+  }
+
+  // Sum and extremes of this warp's tokens in the channel value_column() + lane() % 8, where NaN
+  // passes through all of them.
+  struct Extremes {
+    float sum, low, high;
   };
-  // A thread of 512 has no registers for fp32 K and V together.
-  constexpr bool kLoadsLate = kThreads == 512 && sizeof(Element) == 4;
-  if constexpr (!kLoadsLate) load_values();
-
-#pragma unroll
-  for (int i = 0; i < kRounds; i++) rotate_key(k[i], first + i * kRowsAtOnce + key_row);
-
-  // The mean of K.
-  if (thread < kTokens / kKeyBlock128 * 4) shared.key_amax[thread / 4][thread % 4] = 0;
-  const int samples = min(kSamples, seqlen);
-  float mean[8] = {};
-  if (p.smooth_key) {
-#pragma unroll
-    for (int i = 0; i < kSamples / kRowsAtOnce; i++) {
-      const int sample = i * kRowsAtOnce + key_row;
-      const int64_t token = static_cast<int64_t>(sample) * seqlen / samples;
-      Vector8<Element> x;
-      x.load(key + token * p.key_stride_n + key_column,
-             key_column < p.head_dim && sample < samples);
-      rotate_key(x, static_cast<int>(token));
-#pragma unroll
-      for (int c = 0; c < 8; c++) mean[c] += x[c] * (1.f / kSamples);
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < 8; c++) shared.samples[key_row][key_column + c] = mean[c];
-  __syncthreads();
-  if (thread < kWidth) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kRowsAtOnce; i++) sum += shared.samples[i][thread];
-    sum *= static_cast<float>(kSamples) / samples;
-    // Any vector will do; one that is not finite would spoil every key.
-    shared.key_mean[thread] = is_finite(sum) ? sum : 0.f;
-  }
-  __syncthreads();
-  if (first == 0 && thread < p.key_mean_columns)
-    p.kv.key_mean[group.mean * p.key_mean_columns + thread] = shared.key_mean[thread];
-
-  // Amax of K. Rows of a thread share (row % 8) / 2, the index of their scale.
-  const int scale_index = key_row % 8 / 2;
-#pragma unroll
-  for (int c = 0; c < 8; c++) mean[c] = shared.key_mean[key_column + c];
-#pragma unroll
-  for (int part = 0; part < kTokens / kKeyBlock128; part++) {
-    float amax = 0;
-#pragma unroll
-    for (int i = part * kRoundsPerScale; i < (part + 1) * kRoundsPerScale; i++) {
-      if (i * kRowsAtOnce + key_row >= valid) continue;
-#pragma unroll
-      for (int c = 0; c < 8; c++) amax = larger_of(amax, fabsf(k[i][c] - mean[c]));
-    }
-    uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
-    if constexpr (kLanes >= 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
-#pragma unroll
-    for (int step = 8; step >= 1; step >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, step));
-    if (lane % 16 == 0) atomicMax(&shared.key_amax[part][scale_index], bits);
-  }
-
-  __syncthreads();
-
-  // Codes of K.
-  // Blocks of a cluster may lie behind the end.
-  if (thread < kTokens / kKeyBlock128 * 4 && first / kKeyBlock128 + thread / 4 < tiles / 2)
-    p.kv.key_scales[(group.first_tile / 2 + first / kKeyBlock128) * 4 + thread] =
-        scale_and_inverse_127(__uint_as_float(shared.key_amax[thread / 4][thread % 4])).scale;
-  int8_t* key_image = p.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
-  float inverse_of_key = 0;
-#pragma unroll
-  for (int i = 0; i < kRounds; i++) {
-    if (i % kRoundsPerScale == 0)
-      inverse_of_key =
-          scale_and_inverse_127(__uint_as_float(shared.key_amax[i / kRoundsPerScale][scale_index]))
-              .inverse;
-    const int row = i * kRowsAtOnce + key_row;
-    float x[8];
-#pragma unroll
-    for (int c = 0; c < 8; c++) x[c] = __fmul_rn(k[i][c] - mean[c], inverse_of_key);
-    uint2 codes = codes_of(x);
-    if (row >= valid) codes = make_uint2(0, 0);
-    if (first / kKeyTile + row / kKeyTile < tiles)
-      *reinterpret_cast<uint2*>(key_image + sm90::image_place<kWidth>(row, key_column)) = codes;
-  }
-  if constexpr (kLoadsLate) load_values();
-
-  // Sum and extremes of V, where NaN passes through all of them.
-  const int owned_column = value_column + lane % 8;
-  const int share = rank * kShares + warp / kPairs;
-  {
+  __device__ __forceinline__ Extremes extremes(const Group& group) const {
+    if (!group.is_active()) return {};
+    const int valid = valid_tokens(group);
     float sum[8] = {}, low[8], high[8];
 #pragma unroll
     for (int c = 0; c < 8; c++) {
@@ -452,129 +616,195 @@ __global__ void __launch_bounds__(kThreads<kWidth>, sizeof(Element) == 2 && kWid
       high[c] = -INFINITY;
     }
 #pragma unroll
-    for (int panel = 0; panel < kPanels; panel++)
+    for (int panel = 0; panel < S::kPanels; panel++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         if (value_row(panel, i) >= valid) continue;
 #pragma unroll
         for (int c = 0; c < 8; c++) {
-          const float x = v[panel][i][c];
+          const float x = v_[panel][i][c];
           sum[c] = fmaf(x, 1.f / kValueGroup, sum[c]);  // cannot overflow
           low[c] = smaller_of(low[c], x);
           high[c] = larger_of(high[c], x);
         }
       }
-    const float folded_sum = fold_16_lanes(sum, lane, [](float a, float b) { return a + b; });
-    const float folded_low = fold_16_lanes(low, lane, smaller_of);
-    const float folded_high = fold_16_lanes(high, lane, larger_of);
-    cluster.barrier_wait(std::move(started));
-    // Lanes 0..7 and 8..15 have the same; each tells half of the cluster.
-    for (int to = lane % 16 / 8; to < group.blocks; to += 2) {
-      Shared<kWidth>* other = cluster.map_shared_rank(&shared, group.first_rank + to);
-      other->sum[share][owned_column] = folded_sum;
-      other->low[share][owned_column] = folded_low;
-      other->high[share][owned_column] = folded_high;
+    return {fold_16_lanes(sum, lane(), [](float a, float b) { return a + b; }),
+            fold_16_lanes(low, lane(), smaller_of), fold_16_lanes(high, lane(), larger_of)};
+  }
+  __device__ __forceinline__ int share(const Group& group) const {
+    return group.rank * S::kShares + thread_ / 32 / S::kPairs;
+  }
+  __device__ __forceinline__ int owned_column() const { return value_column() + lane() % 8; }
+
+  __device__ __forceinline__ void tell(const Group& group, const Extremes& own) {
+    if (!group.is_active()) return;
+    // Lanes 0..7 and 8..15 have the same; each tells half of the blocks.
+    for (int to = lane() % 16 / 8; to < group.blocks; to += 2) {
+      Memory* other = cluster_.map_shared_rank(&shared_, group.first_rank + to);
+      other->sum[share(group)][owned_column()] = own.sum;
+      other->low[share(group)][owned_column()] = own.low;
+      other->high[share(group)][owned_column()] = own.high;
     }
   }
-  cluster.sync();
 
-  const int64_t group_at = (group.first_group + group.number) * kWidth;
-  const int shares = group.blocks * kShares;
-  if (thread < kWidth) {
+  // Scales and codes of V, and how much the codes are too small, which the first block is told.
+  __device__ __forceinline__ void write_values(const Group& group) {
+    if (!group.is_active()) return;
+    forget();
+    if (thread_ < kWidth) find_scale(group);
+    __syncthreads();
+    const int first = first_token(group), valid = valid_tokens(group), last_tile = tiles(group);
+    float error[8];  // where the scale is NaN the codes do not matter
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+      const int column = value_column() + c;
+      const float center = shared_.center[column], inverse = shared_.inverse[column];
+      float sum = 0;
+      __half2 code_sum = __float2half2_rn(0.f);  // exact: 4 kPanels multiples of 2^-9 up to .25
+#pragma unroll
+      for (int panel = 0; panel < S::kPanels; panel++) {
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          x[i] = value_row(panel, i) < valid ? v_[panel][i][c] - center : 0.f;
+          sum += x[i];
+        }
+        __half2 low, high;
+        const uint32_t codes = e4m3_pair(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse), low) |
+                               e4m3_pair(__fmul_rn(x[2], inverse), __fmul_rn(x[3], inverse), high)
+                                   << 16;
+        code_sum = __hadd2(code_sum, __hadd2(low, high));
+        const int tile = first / kKeyTile + first_panel() + panel;
+        const int place = sm90::swizzled<kKeyTile>(quad() / 4, column);
+        if (tile < last_tile)
+          *reinterpret_cast<uint32_t*>(p_.kv.value_codes +
+                                       (group.first_tile + tile) * (kKeyTile * kWidth) +
+                                       column * kKeyTile + place * 16 + quad() % 4 * 4) = codes;
+      }
+      const float2 codes = __half22float2(code_sum);
+      error[c] = fmaf(-shared_.scale[column], codes.x + codes.y, sum);
+    }
+    const float folded = fold_16_lanes(error, lane(), [](float a, float b) { return a + b; });
+    if (lane() % 16 < 8)
+      cluster_.map_shared_rank(&shared_, group.first_rank)->error[share(group)][owned_column()] =
+          folded;
+  }
+  // Of the thread's channel.
+  __device__ __forceinline__ void find_scale(const Group& group) {
     float sum = 0, low = INFINITY, high = -INFINITY;
+    const int shares = group.blocks * S::kShares;
 #pragma unroll
     for (int i = 0; i < shares; i++) {
-      sum += shared.sum[i][thread];
-      low = smaller_of(low, shared.low[i][thread]);
-      high = larger_of(high, shared.high[i][thread]);
+      sum += shared_.sum[i][thread_];
+      low = smaller_of(low, shared_.low[i][thread_]);
+      high = larger_of(high, shared_.high[i][thread_]);
     }
     const float center =
-        p.smooth_value ? sum * (static_cast<float>(kValueGroup) / group.count) : 0.f;
+        p_.smooth_value ? sum * (static_cast<float>(kValueGroup) / group.count) : 0.f;
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
     const ScaleAndInverse scale =
         scale_and_inverse(larger_of(fabsf(low - center), fabsf(high - center)), kValueMax);
-    shared.center[thread] = center;
-    shared.scale[thread] = scale.scale;
-    shared.inverse[thread] = scale.inverse;
-    if (rank == 0) p.kv.value_scales[group_at + thread] = scale.scale;
+    shared_.center[thread_] = center;
+    shared_.scale[thread_] = scale.scale;
+    shared_.inverse[thread_] = scale.inverse;
+    if (group.rank == 0) p_.kv.value_scales[group_at(group) + thread_] = scale.scale;
   }
-
-  __syncthreads();
-
-  // Codes of V, and how much they are too small on average. Where the scale is NaN the codes do not
-  // matter.
-  float error[8];
-#pragma unroll
-  for (int c = 0; c < 8; c++) {
-    const int column = value_column + c;
-    const float center = shared.center[column], inverse = shared.inverse[column];
-    float sum = 0;
-    __half2 code_sum = __float2half2_rn(0.f);  // exact: 4 kPanels multiples of 2^-9 up to .25
-#pragma unroll
-    for (int panel = 0; panel < kPanels; panel++) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        x[i] = value_row(panel, i) < valid ? v[panel][i][c] - center : 0.f;
-        sum += x[i];
-      }
-      __half2 low, high;
-      const uint32_t codes = e4m3_pair(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse), low) |
-                             e4m3_pair(__fmul_rn(x[2], inverse), __fmul_rn(x[3], inverse), high)
-                                 << 16;
-      code_sum = __hadd2(code_sum, __hadd2(low, high));
-      const int tile = first / kKeyTile + first_panel + panel;
-      const int place = sm90::swizzled<kKeyTile>(quad / 4, column);
-      if (tile < tiles)
-        *reinterpret_cast<uint32_t*>(p.kv.value_codes +
-                                     (group.first_tile + tile) * (kKeyTile * kWidth) +
-                                     column * kKeyTile + place * 16 + quad % 4 * 4) = codes;
-    }
-    const float2 codes = __half22float2(code_sum);
-    error[c] = fmaf(-shared.scale[column], codes.x + codes.y, sum);
-  }
-  const float folded = fold_16_lanes(error, lane, [](float a, float b) { return a + b; });
-  if (lane % 16 < 8)
-    cluster.map_shared_rank(&shared, group.first_rank)->error[share][owned_column] = folded;
-  auto written = cluster.barrier_arrive();
-  if (rank != 0) return;
-  cluster.barrier_wait(std::move(written));
-  if (thread < kWidth) {
+  // What is only known when all blocks have written their codes.
+  __device__ __forceinline__ void finish(const Group& group) {
+    if (!group.is_active() || group.rank != 0 || thread_ >= kWidth) return;
     float total = 0;
-    for (int i = 0; i < shares; i++) total += shared.error[i][thread];
+    for (int i = 0; i < group.blocks * S::kShares; i++) total += shared_.error[i][thread_];
     const float mean_error = is_finite(total) ? total / group.count : 0.f;
-    p.kv.value_shift[group_at + thread] = shared.center[thread] + mean_error;
+    p_.kv.value_shift[group_at(group) + thread_] = shared_.center[thread_] + mean_error;
   }
+  __device__ __forceinline__ static int64_t group_at(const Group& group) {
+    return (group.first_group + group.number) * kWidth;
+  }
+
+  const PrepareParams& p_;
+  Memory& shared_;
+  const cg::cluster_group cluster_;
+  int thread_;
+  Vector8<Element> v_[S::kPanels][4];
+};
+
+// The first `key_blocks` blocks prepare `groups` groups; those behind have other work.
+template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked>
+__global__ void __launch_bounds__(kThreads, 1)
+    prepare_kv_kernel(const __grid_constant__ PrepareParams p, int key_blocks, int groups) {
+  using Worker = Preparer<kWidth, Element, kPairing>;
+  extern __shared__ __align__(16) uint8_t memory[];
+  sm90::let_next_kernel_start();
+  if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
+  if (blockIdx.x >= key_blocks) {  // whole clusters
+    const int rest = blockIdx.x - key_blocks;
+    if constexpr (kPairing != Pairing::kNone) prepare_query<kPairing, kWidth, Element>(p, rest);
+    if constexpr (kIsPacked) fill_unattended<kThreads, Element>(p.packed_output, p.kv.packed, rest);
+    return;
+  }
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int size = cluster.num_blocks(), rank = cluster.block_rank();
+  Worker(p, *reinterpret_cast<typename Worker::Memory*>(memory))
+      .run(blockIdx.x / size, key_blocks / size, groups, [&](int index) {
+        if constexpr (kIsPacked) {
+          return group_of_packed<Worker::S::kTokens>(p, index, rank, size);
+        } else {
+          return group_of_batch<Worker::S::kBlocks>(p, index, rank);
+        }
+      });
+}
+
+// Clusters of blocks that can run at once on the current device.
+int resident_clusters(const void* kernel, const cudaLaunchConfig_t& config, unsigned size) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, unsigned>, int> known;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& clusters = known[{kernel, device, size}];
+  if (clusters == 0)
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
+               "cudaOccupancyMaxActiveClusters");
+  return clusters;
 }
 
 template <int kWidth, typename Element, Pairing kPairing, bool kIsPacked = false>
 void launch(const PrepareParams& p, cudaStream_t stream) {
-  unsigned cluster = kBlocks<kWidth>;
+  using S = Share<kWidth, Element>;
+  unsigned size = S::kBlocks;
   if constexpr (kIsPacked) {
     const unsigned longest = p.kv.packed.longest;
-    cluster = std::min(cluster, std::bit_ceil((longest + kTokens<kWidth> - 1) / kTokens<kWidth>));
+    size = std::min(size, std::bit_ceil((longest + S::kTokens - 1) / S::kTokens));
   }
-  const auto whole_clusters = [&](int64_t blocks) {
-    return (blocks + cluster - 1) / cluster * cluster;
-  };
-  int64_t grid = p.kv.groups * cluster * p.batch * p.heads;
-  if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
-  if constexpr (kIsPacked)
-    grid +=
-        whole_clusters((p.packed_output.queries.rows + kThreads<kWidth> - 1) / kThreads<kWidth>);
+  static_assert(sizeof(Shared<S, kWidth>) <= 227 << 10);
+  const auto kernel = prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
+  attribute.val.clusterDim = {size, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads<kWidth>);
+  config.gridDim = dim3(size);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = sizeof(Shared<S, kWidth>);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  sizeof(Shared<S, kWidth>)),
+             "cudaFuncSetAttribute");
+  const int64_t groups = p.kv.groups * p.batch * p.heads;
+  const int64_t clusters = std::min<int64_t>(
+      groups, resident_clusters(reinterpret_cast<const void*>(kernel), config, size));
+  const auto whole_clusters = [&](int64_t blocks) { return (blocks + size - 1) / size * size; };
+  const int64_t key_blocks = clusters * size;
+  int64_t grid = key_blocks;
+  if constexpr (kPairing != Pairing::kNone) grid += whole_clusters(query_blocks(p));
+  if constexpr (kIsPacked)
+    grid += whole_clusters((p.packed_output.queries.rows + kThreads - 1) / kThreads);
+  config.gridDim = dim3(static_cast<unsigned>(grid));
   // Not <<<>>>: an error would have to be read from where others leave theirs.
-  check_cuda(
-      cudaLaunchKernelEx(&config, prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>, p),
-      "the launch of prepare_kv");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(key_blocks),
+                                static_cast<int>(groups)),
+             "the launch of prepare_kv");
 }
 
 template <int kWidth, typename Element>
