@@ -14,12 +14,12 @@ template <class C>
 __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, uint32_t base,
                                                       Barriers<C> barriers, const Work* works) {
   constexpr int kScaleBytes = C::kWidth * 4;
-  if (p.follows_prepare) wait_for_previous_kernel();
+  wait_for_prepare(p);
   int count = 0, group_count = 0;
   for (int i = 0;; i++) {
     barrier_wait(barriers.work_ready(i & 1), (i >> 1) & 1);
     const Work work = works[i & 1];
-    if (work.steps == 0) return;
+    if (work.steps == 0) break;
     const int64_t head = key_head(p, work.batch, work.head);
     const int64_t tile = head * p.kv.tiles + 2 * work.first_block;
     const int64_t first_group = head * p.kv.groups + work.first_group;
@@ -30,6 +30,9 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
     for (int step = work.steps - 1; step >= 0; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
+      const bool starts_group =
+          step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
+      if (starts_group) wait_for_group(p, first_group + step / C::kStepsPerGroup);
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
       barrier_expect(barriers.key_full(stage), C::kKeyBytes + 16);
       copy_to_shared(base + C::kKeyAt + stage * C::kKeyBytes,
@@ -37,8 +40,6 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
                      barriers.key_full(stage));
       copy_to_shared(base + C::kKeyScaleAt + stage * 16,
                      key_scales + step * C::kKeys / kKeyBlock128 * 4, 16, barriers.key_full(stage));
-      const bool starts_group =
-          step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
       barrier_expect(barriers.value_full(stage),
                      C::kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
@@ -62,6 +63,8 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
       }
     }
   }
+  // What follows this kernel counts on prepare_kv, too, having ended.
+  if (p.kv.ready != nullptr) wait_for_previous_kernel();
 }
 
 // Adds the product of eight elements of a row with the mean of K, which the scores lack.
@@ -208,8 +211,10 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
       }
       continue;
     }
-    if constexpr (C::kHasLse) {  // reads the mean of K
-      if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
+    if constexpr (C::kHasLse) {  // reads the mean of K, which the first group comes with
+      if (i == 0) wait_for_prepare(p);
+      if (p.lse != nullptr)
+        wait_for_group(p, key_head(p, work.sequence, work.head) * p.kv.groups + work.first_group);
     }
     uint8_t* codes = shared + C::kQueryAt + slot * C::kRows * C::kWidth;
     float* scales = reinterpret_cast<float*>(shared + C::kQueryScaleAt) + slot * C::kRows;
@@ -220,7 +225,7 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
       quantize_query_rows<C, false>(p, work, codes, scales, shifts, thread);
     }
     // The next piece of work is counted by what prepare_kv has zeroed.
-    if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
+    if (i == 0) wait_for_prepare(p);
     fence_async_proxy();
     barrier_arrive(barriers.query_full(slot));
   }

@@ -211,6 +211,7 @@ template <int kWidth, typename Element>
 struct Share {
   static constexpr int kTokens = kThreads * 64 / kWidth;
   static constexpr int kBlocks = kValueGroup / kTokens;  // that share a group
+  static_assert(kBlocks == blocks_of_group(kWidth));
   static constexpr int kScaleBlocks = kTokens / kKeyBlock128;
 
   // K: kLanes threads have a row, and a thread 8 channels of every kRowsAtOnce-th row.
@@ -256,24 +257,27 @@ struct Shared {
   float samples[S::kRowsSampled][kWidth];  // of K: partial sums
   float key_mean[kWidth];
   uint32_t key_amax[S::kScaleBlocks][4];
-  // What every block of the group has written, here: nobody reads another's memory.
-  float sum[S::kAllShares][kWidth], low[S::kAllShares][kWidth], high[S::kAllShares][kWidth];
-  float error[S::kAllShares][kWidth];  // the same, to the group's first block alone
+  // What every block of the group has stored here: nobody reads another's memory.
+  float4 extremes[S::kAllShares][kWidth];  // of V: sum, lowest, highest
+  float error[S::kAllShares][kWidth];      // the same, in the group's first block alone
   float center[kWidth];
   float scale[kWidth], inverse[kWidth];
+  uint64_t has_extremes, has_error;  // barriers
 };
 
 // Of a batch.
 template <int kBlocks>
 __device__ __forceinline__ Group group_of_batch(const PrepareParams& p, int index, int rank) {
-  // Of all heads the same tokens first, which share the tables and may lie side by side.
-  const int heads = p.batch * p.heads, head = index % heads;
+  const int groups = static_cast<int>(p.kv.groups), section = index / (p.section * groups);
+  const int first_head = section * p.section, rest = index - first_head * groups;
+  const int heads = min(p.section, p.batch * p.heads - first_head);
+  const int head = first_head + rest % heads;
   Group group{};
   group.batch = head / p.heads;
   group.head = head % p.heads;
   group.mean = head;
   group.seqlen = p.kv.seqlen;
-  group.number = index / heads;
+  group.number = groups - 1 - rest / heads;
   group.count = min(kValueGroup, group.seqlen - group.number * kValueGroup);
   group.first_tile = head * p.kv.tiles;
   group.first_group = head * p.kv.groups;
@@ -321,7 +325,7 @@ class Preparer {
   using Memory = Shared<S, kWidth>;
 
   __device__ __forceinline__ Preparer(const PrepareParams& params, Memory& shared)
-      : p_(params), shared_(shared), cluster_(cg::this_cluster()), thread_(threadIdx.x) {}
+      : p_(params), shared_(shared), thread_(threadIdx.x) {}
 
   // Groups `index`, `index + stride` and so on, below `count`; `group_at` finds one for a warp.
   template <typename GroupAt>
@@ -334,12 +338,17 @@ class Preparer {
     };
     find_group(0);
     find_group(1);
+    if (thread_ == 0) {
+      sm90::barrier_init(shared_address(&shared_.has_extremes), 1);
+      sm90::barrier_init(shared_address(&shared_.has_error), 1);
+      sm90::fence_barriers();
+    }
     __syncthreads();
     fetch_keys(shared_.groups[0]);
     fetch_values(shared_.groups[0]);
     commit_copies();
     // Another block's shared memory may be written to once that block runs.
-    cluster_.barrier_arrive();
+    sm90::cluster_arrive<true>();
     int i = 0;
     for (; index + i * stride < count; i++) {
       const Group &group = shared_.groups[i % 4], &next = shared_.groups[(i + 1) % 4];
@@ -354,18 +363,16 @@ class Preparer {
         take_values();
         fetch_values(next);
       }
-      const Extremes own = extremes(group);
-      cluster_.barrier_wait();
+      const float4 own = extremes(group);
+      sm90::cluster_wait();  // for those who have yet to read what they were told last
       if (i > 0) finish(shared_.groups[(i - 1) % 4]);
       tell(group, own);
-      cluster_.barrier_arrive();
       if constexpr (!S::kLoadsValuesLate) prepare_keys(group, next);
       commit_copies();
-      cluster_.barrier_wait();
       write_values(group);
-      cluster_.barrier_arrive();
+      sm90::cluster_arrive<false>();
     }
-    cluster_.barrier_wait();
+    sm90::cluster_wait();
     finish(shared_.groups[(i - 1) % 4]);
   }
 
@@ -603,10 +610,7 @@ class Preparer {
 
   // Sum and extremes of this warp's tokens in the channel value_column() + lane() % 8, where NaN
   // passes through all of them.
-  struct Extremes {
-    float sum, low, high;
-  };
-  __device__ __forceinline__ Extremes extremes(const Group& group) const {
+  __device__ __forceinline__ float4 extremes(const Group& group) const {
     if (!group.is_active()) return {};
     const int valid = valid_tokens(group);
     float sum[8] = {}, low[8], high[8];
@@ -629,28 +633,35 @@ class Preparer {
         }
       }
     return {fold_16_lanes(sum, lane(), [](float a, float b) { return a + b; }),
-            fold_16_lanes(low, lane(), smaller_of), fold_16_lanes(high, lane(), larger_of)};
+            fold_16_lanes(low, lane(), smaller_of), fold_16_lanes(high, lane(), larger_of), 0.f};
   }
   __device__ __forceinline__ int share(const Group& group) const {
     return group.rank * S::kShares + thread_ / 32 / S::kPairs;
   }
   __device__ __forceinline__ int owned_column() const { return value_column() + lane() % 8; }
 
-  __device__ __forceinline__ void tell(const Group& group, const Extremes& own) {
+  __device__ __forceinline__ void tell(const Group& group, const float4& own) {
     if (!group.is_active()) return;
-    // Lanes 0..7 and 8..15 have the same; each tells half of the blocks.
-    for (int to = lane() % 16 / 8; to < group.blocks; to += 2) {
-      Memory* other = cluster_.map_shared_rank(&shared_, group.first_rank + to);
-      other->sum[share(group)][owned_column()] = own.sum;
-      other->low[share(group)][owned_column()] = own.low;
-      other->high[share(group)][owned_column()] = own.high;
+    const uint32_t barrier = shared_address(&shared_.has_extremes);
+    const uint32_t place = shared_address(&shared_.extremes[share(group)][owned_column()]);
+    if (thread_ == 0) {
+      const int shares = group.blocks * S::kShares;
+      sm90::barrier_expect(barrier, shares * sizeof(shared_.extremes[0]));
+      if (group.rank == 0)
+        sm90::barrier_expect(shared_address(&shared_.has_error), shares * sizeof(shared_.error[0]));
     }
+    // Lanes 0..7 and 8..15 have the same; each tells half of the blocks.
+    for (int i = lane() % 16 / 8; i < group.blocks; i += 2)
+      sm90::store_async(sm90::in_block(place, group.first_rank + i), own,
+                        sm90::in_block(barrier, group.first_rank + i));
   }
 
   // Scales and codes of V, and how much the codes are too small, which the first block is told.
   __device__ __forceinline__ void write_values(const Group& group) {
     if (!group.is_active()) return;
     forget();
+    sm90::barrier_wait(shared_address(&shared_.has_extremes), extremes_phase_);
+    extremes_phase_ ^= 1;
     if (thread_ < kWidth) find_scale(group);
     __syncthreads();
     const int first = first_token(group), valid = valid_tokens(group), last_tile = tiles(group);
@@ -686,8 +697,10 @@ class Preparer {
     }
     const float folded = fold_16_lanes(error, lane(), [](float a, float b) { return a + b; });
     if (lane() % 16 < 8)
-      cluster_.map_shared_rank(&shared_, group.first_rank)->error[share(group)][owned_column()] =
-          folded;
+      sm90::store_async(sm90::in_block(shared_address(&shared_.error[share(group)][owned_column()]),
+                                       group.first_rank),
+                        folded,
+                        sm90::in_block(shared_address(&shared_.has_error), group.first_rank));
   }
   // Of the thread's channel.
   __device__ __forceinline__ void find_scale(const Group& group) {
@@ -695,9 +708,10 @@ class Preparer {
     const int shares = group.blocks * S::kShares;
 #pragma unroll
     for (int i = 0; i < shares; i++) {
-      sum += shared_.sum[i][thread_];
-      low = smaller_of(low, shared_.low[i][thread_]);
-      high = larger_of(high, shared_.high[i][thread_]);
+      const float4 told = shared_.extremes[i][thread_];
+      sum += told.x;
+      low = smaller_of(low, told.y);
+      high = larger_of(high, told.z);
     }
     const float center =
         p_.smooth_value ? sum * (static_cast<float>(kValueGroup) / group.count) : 0.f;
@@ -711,7 +725,18 @@ class Preparer {
   }
   // What is only known when all blocks have written their codes.
   __device__ __forceinline__ void finish(const Group& group) {
-    if (!group.is_active() || group.rank != 0 || thread_ >= kWidth) return;
+    if (!group.is_active()) return;
+    if (group.rank == 0) {
+      sm90::barrier_wait(shared_address(&shared_.has_error), error_phase_);
+      error_phase_ ^= 1;
+      if (thread_ < kWidth) find_shift(group);
+    }
+    if (p_.kv.ready == nullptr) return;
+    __syncthreads();  // all of the block have written all of the group
+    if (thread_ == 0) sm90::count_up(p_.kv.ready + group.first_group + group.number);
+  }
+  // Of the thread's channel.
+  __device__ __forceinline__ void find_shift(const Group& group) {
     float total = 0;
     for (int i = 0; i < group.blocks * S::kShares; i++) total += shared_.error[i][thread_];
     const float mean_error = is_finite(total) ? total / group.count : 0.f;
@@ -723,8 +748,8 @@ class Preparer {
 
   const PrepareParams& p_;
   Memory& shared_;
-  const cg::cluster_group cluster_;
   int thread_;
+  int extremes_phase_ = 0, error_phase_ = 0;
   Vector8<Element> v_[S::kPanels][4];
 };
 
@@ -734,8 +759,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     prepare_kv_kernel(const __grid_constant__ PrepareParams p, int key_blocks, int groups) {
   using Worker = Preparer<kWidth, Element, kPairing>;
   extern __shared__ __align__(16) uint8_t memory[];
-  sm90::let_next_kernel_start();
   if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
+  if constexpr (kPairing == Pairing::kNone && !kIsPacked) {
+    if (p.kv.ready != nullptr) {
+      // The cluster's own, none of which it counts up before this block has begun to work.
+      const cg::cluster_group cluster = cg::this_cluster();
+      const int size = cluster.num_blocks(), stride = key_blocks / size;
+      for (int i = blockIdx.x / size + threadIdx.x * stride; i < groups; i += kThreads * stride) {
+        const Group group = group_of_batch<Worker::S::kBlocks>(p, i, cluster.block_rank());
+        if (group.rank == 0) p.kv.ready[group.first_group + group.number] = 0;
+      }
+      // The next kernel looks at them, and counts, as soon as all blocks let it start.
+      __threadfence();
+      __syncthreads();
+    }
+  }
+  sm90::let_next_kernel_start();
   if (blockIdx.x >= key_blocks) {  // whole clusters
     const int rest = blockIdx.x - key_blocks;
     if constexpr (kPairing != Pairing::kNone) prepare_query<kPairing, kWidth, Element>(p, rest);
@@ -792,8 +831,9 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
                                   sizeof(Shared<S, kWidth>)),
              "cudaFuncSetAttribute");
   const int64_t groups = p.kv.groups * p.batch * p.heads;
-  const int64_t clusters = std::min<int64_t>(
-      groups, resident_clusters(reinterpret_cast<const void*>(kernel), config, size));
+  const int resident = resident_clusters(reinterpret_cast<const void*>(kernel), config, size);
+  const int64_t clusters =
+      std::min({groups, int64_t{resident}, std::max<int64_t>(p.multiprocessors / size, 1)});
   const auto whole_clusters = [&](int64_t blocks) { return (blocks + size - 1) / size * size; };
   const int64_t key_blocks = clusters * size;
   int64_t grid = key_blocks;
