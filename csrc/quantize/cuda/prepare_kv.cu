@@ -47,11 +47,12 @@ struct Vector8 {
   }
   // The same by way of slots in shared memory, a place for each thread in each. `from` must be a
   // valid address all the same.
-  __device__ __forceinline__ static void fetch(uint4 (*slots)[kThreads], const Element* from,
+  __device__ __forceinline__ static void fetch(uint4 (*slots)[kThreads], const void* from,
                                                bool is_inside) {
 #pragma unroll
     for (int i = 0; i < kParts; i++)
-      copy_16_async(shared_address(&slots[i][threadIdx.x]), from + i * (8 / kParts), is_inside);
+      copy_16_async(shared_address(&slots[i][threadIdx.x]), static_cast<const uint4*>(from) + i,
+                    is_inside);
   }
   __device__ __forceinline__ void take(const uint4 (*slots)[kThreads]) {
 #pragma unroll
@@ -71,6 +72,40 @@ struct Vector8 {
     } else {
       const __half2 pair = *reinterpret_cast<const __half2*>(&words[i / 2]);
       return i & 1 ? __high2float(pair) : __low2float(pair);
+    }
+  }
+};
+
+// Extremes of each of the eight elements over some vectors; NaN if there was one.
+template <typename Element>
+struct Range8 {
+  Vector8<Element> low, high;
+
+  // Of none.
+  __device__ __forceinline__ Range8() {
+    constexpr uint32_t kInfinity = sizeof(Element) == 4                     ? 0x7f800000
+                                   : std::is_same_v<Element, __nv_bfloat16> ? 0x7f807f80
+                                                                            : 0x7c007c00;
+    constexpr uint32_t kSigns = sizeof(Element) == 4 ? 0x80000000 : 0x80008000;
+#pragma unroll
+    for (int i = 0; i < Vector8<Element>::kWords; i++) {
+      low.words[i] = kInfinity;
+      high.words[i] = kInfinity | kSigns;
+    }
+  }
+  __device__ __forceinline__ void include(const Vector8<Element>& x) {
+#pragma unroll
+    for (int i = 0; i < Vector8<Element>::kWords; i++) {
+      if constexpr (sizeof(Element) == 4) {
+        low.words[i] = __float_as_uint(smaller_of(low[i], x[i]));
+        high.words[i] = __float_as_uint(larger_of(high[i], x[i]));
+      } else if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+        asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(low.words[i]) : "r"(x.words[i]));
+        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(high.words[i]) : "r"(x.words[i]));
+      } else {
+        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(low.words[i]) : "r"(x.words[i]));
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(high.words[i]) : "r"(x.words[i]));
+      }
     }
   }
 };
@@ -246,6 +281,12 @@ struct Group {
   int first_rank, blocks;
   int rank;  // of this block among those; blocks, if it is none of them
 
+  // Of the block's own tokens: elements of key and value and bytes of the images before them, tiles
+  // of 64 from them to the sequence's end, and which there are.
+  int64_t key_at, value_at, image_at;
+  int first, valid, tiles;
+  bool is_whole;  // all of them, and no channel is padding
+
   __device__ __forceinline__ bool is_active() const { return rank < blocks; }
 };
 
@@ -259,10 +300,10 @@ struct Shared {
   uint32_t key_amax[S::kScaleBlocks][4];
   // What every block of the group has stored here: nobody reads another's memory.
   float4 extremes[S::kAllShares][kWidth];  // of V: sum, lowest, highest
-  float error[S::kAllShares][kWidth];      // the same, in the group's first block alone
-  float center[kWidth];
+  float codes[S::kAllShares][kWidth];      // their sum; the same, in the group's first block alone
+  float average[kWidth], center[kWidth];
   float scale[kWidth], inverse[kWidth];
-  uint64_t has_extremes, has_error;  // barriers
+  uint64_t has_extremes, has_codes;  // barriers
 };
 
 // Of a batch.
@@ -333,14 +374,15 @@ class Preparer {
     const auto find_group = [&](int i) {
       if (thread_ >= 32) return;
       const int at = index + i * stride;
-      const Group group = at < count ? group_at(at) : Group{};
+      Group group = at < count ? group_at(at) : Group{};
+      locate(group);
       if (lane() == 0) shared_.groups[i % 4] = group;
     };
     find_group(0);
     find_group(1);
     if (thread_ == 0) {
       sm90::barrier_init(shared_address(&shared_.has_extremes), 1);
-      sm90::barrier_init(shared_address(&shared_.has_error), 1);
+      sm90::barrier_init(shared_address(&shared_.has_codes), 1);
       sm90::fence_barriers();
     }
     __syncthreads();
@@ -391,23 +433,32 @@ class Preparer {
     return thread_ / 32 / S::kPairs * S::kPanels;
   }
 
-  // Of the sequence: the block's first token, and how many of its tokens there are.
-  __device__ __forceinline__ static int first_token(const Group& group) {
-    return group.number * kValueGroup + group.rank * S::kTokens;
+  __device__ __forceinline__ void locate(Group& group) const {
+    group.first = group.number * kValueGroup + group.rank * S::kTokens;
+    group.valid = min(S::kTokens, group.seqlen - group.first);
+    group.is_whole = group.valid == S::kTokens && p_.head_dim == kWidth && p_.head_dim_v == kWidth;
+    group.tiles = ((group.seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2) - group.first / kKeyTile;
+    const int64_t row = group.first_row + group.first;
+    group.key_at =
+        group.batch * p_.key_stride_b + group.head * p_.key_stride_h + row * p_.key_stride_n;
+    group.value_at =
+        group.batch * p_.value_stride_b + group.head * p_.value_stride_h + row * p_.value_stride_n;
+    group.image_at = (group.first_tile + group.first / kKeyTile) * (kKeyTile * kWidth);
   }
-  __device__ __forceinline__ static int valid_tokens(const Group& group) {
-    return min(S::kTokens, group.seqlen - first_token(group));
-  }
-  __device__ __forceinline__ static int tiles(const Group& group) {
-    return (group.seqlen + kKeyBlock128 - 1) / kKeyBlock128 * 2;
-  }
-  __device__ __forceinline__ const Element* key(const Group& group) const {
-    return static_cast<const Element*>(p_.key) + group.batch * p_.key_stride_b +
-           group.head * p_.key_stride_h + group.first_row * p_.key_stride_n;
-  }
-  __device__ __forceinline__ const Element* value(const Group& group) const {
-    return static_cast<const Element*>(p_.value) + group.batch * p_.value_stride_b +
-           group.head * p_.value_stride_h + group.first_row * p_.value_stride_n;
+  // Calls `visit` for the rows of a group, of which there are all in the common case.
+  template <bool kIsWhole>
+  struct Rows {
+    int valid, tiles;
+    __device__ __forceinline__ bool has(int row) const { return kIsWhole || row < valid; }
+    __device__ __forceinline__ bool has_tile(int tile) const { return kIsWhole || tile < tiles; }
+    // A row of channels from `column` on, of `columns` that there are, at a valid address.
+    __device__ __forceinline__ bool has(int row, int column, int columns) const {
+      return kIsWhole || (row < valid && column < columns);
+    }
+  };
+  template <typename Visit>
+  __device__ __forceinline__ static auto with_rows(const Group& group, Visit visit) {
+    return group.is_whole ? visit(Rows<true>{}) : visit(Rows<false>{group.valid, group.tiles});
   }
 
   // K.
@@ -419,24 +470,26 @@ class Preparer {
   }
   __device__ __forceinline__ void fetch_keys(const Group& group) {
     if (!group.is_active()) return;
-    const Element* from = key(group);
-    const auto fetch = [&](int slot, int token, bool is_inside) {
-      is_inside = is_inside && key_column() < p_.head_dim;
-      Vector8<Element>::fetch(shared_.slots + slot * S::kParts,
-                              is_inside ? from + token * p_.key_stride_n + key_column() : from,
-                              is_inside);
-    };
-    const int first = first_token(group), valid = valid_tokens(group);
+    const Element* keys = static_cast<const Element*>(p_.key) + group.key_at;
+    with_rows(group, [&](auto rows) {
+      const Element* from = keys + key_row() * p_.key_stride_n + key_column();
 #pragma unroll
-    for (int i = 0; i < S::kRounds; i++) {
-      const int row = i * S::kRowsAtOnce + key_row();
-      fetch(i, first + row, row < valid);
-    }
+      for (int i = 0; i < S::kRounds; i++) {
+        const bool is_inside = rows.has(i * S::kRowsAtOnce + key_row(), key_column(), p_.head_dim);
+        Vector8<Element>::fetch(shared_.slots + i * S::kParts, is_inside ? from : p_.key,
+                                is_inside);
+        from += S::kRowsAtOnce * p_.key_stride_n;
+      }
+    });
     if (!p_.smooth_key || key_row() >= S::kRowsSampled) return;
 #pragma unroll
     for (int i = 0; i < S::kSampleRounds; i++) {
       const int sample = i * S::kRowsSampled + key_row();
-      fetch(S::kRounds + i, sampled_token(group, sample), sample < group.seqlen);
+      const bool is_inside = sample < group.seqlen && key_column() < p_.head_dim;
+      const int64_t row = sampled_token(group, sample) - group.first;
+      Vector8<Element>::fetch(shared_.slots + S::kSampleSlot + i * S::kParts,
+                              is_inside ? keys + row * p_.key_stride_n + key_column() : p_.key,
+                              is_inside);
     }
   }
 
@@ -469,16 +522,15 @@ class Preparer {
     if constexpr (kHolds) fetch_keys(next);
     forget();
     if (!group.is_active()) return;
-    const int first = first_token(group), valid = valid_tokens(group);
     if constexpr (kHolds) {
 #pragma unroll
       for (int i = 0; i < S::kRounds; i++)
-        rotate_key(k[i], group, first + i * S::kRowsAtOnce + key_row());
+        rotate_key(k[i], group, group.first + i * S::kRowsAtOnce + key_row());
     }
 
     if (thread_ < S::kScaleBlocks * 4) shared_.key_amax[thread_ / 4][thread_ % 4] = 0;
     find_key_mean(group, samples);
-    if (first == 0 && thread_ < p_.key_mean_columns)
+    if (group.first == 0 && thread_ < p_.key_mean_columns)
       p_.kv.key_mean[group.mean * p_.key_mean_columns + thread_] = shared_.key_mean[thread_];
     float mean[8];
 #pragma unroll
@@ -487,44 +539,51 @@ class Preparer {
     // Amax. Rows of a thread share (row % 8) / 2, the index of their scale.
     constexpr int kRoundsPerScale = S::kRounds / S::kScaleBlocks;
     const int scale_index = key_row() % 8 / 2;
+    with_rows(group, [&](auto rows) {
 #pragma unroll
-    for (int part = 0; part < S::kScaleBlocks; part++) {
-      float amax = 0;
+      for (int part = 0; part < S::kScaleBlocks; part++) {
+        Range8<Element> range;
 #pragma unroll
-      for (int i = part * kRoundsPerScale; i < (part + 1) * kRoundsPerScale; i++) {
-        if (i * S::kRowsAtOnce + key_row() >= valid) continue;
-        const Vector8<Element>& x = key(i);
+        for (int i = part * kRoundsPerScale; i < (part + 1) * kRoundsPerScale; i++)
+          if (rows.has(i * S::kRowsAtOnce + key_row())) range.include(key(i));
+        // Subtraction rounds monotonically: the extremes of x - mean are those of x.
+        float amax = 0;
+        if (rows.has(part * kKeyBlock128 + key_row())) {
 #pragma unroll
-        for (int c = 0; c < 8; c++) amax = larger_of(amax, fabsf(x[c] - mean[c]));
+          for (int c = 0; c < 8; c++)
+            amax = larger_of(
+                amax, larger_of(fabsf(range.low[c] - mean[c]), fabsf(range.high[c] - mean[c])));
+        }
+        uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
+        if constexpr (S::kLanes >= 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
+#pragma unroll
+        for (int step = 8; step >= 1; step >>= 1)
+          bits = max(bits, __shfl_xor_sync(~0u, bits, step));
+        if (lane() % 16 == 0) atomicMax(&shared_.key_amax[part][scale_index], bits);
       }
-      uint32_t bits = __float_as_uint(amax);  // as integers, NaN is the largest
-      if constexpr (S::kLanes >= 16) bits = max(bits, __shfl_xor_sync(~0u, bits, 16));
-#pragma unroll
-      for (int step = 8; step >= 1; step >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, step));
-      if (lane() % 16 == 0) atomicMax(&shared_.key_amax[part][scale_index], bits);
-    }
+    });
     __syncthreads();
 
     // Codes. Blocks of a cluster may lie behind the end.
-    const int last_tile = tiles(group);
-    if (thread_ < S::kScaleBlocks * 4 && first / kKeyBlock128 + thread_ / 4 < last_tile / 2)
-      p_.kv.key_scales[(group.first_tile / 2 + first / kKeyBlock128) * 4 + thread_] =
+    if (thread_ < S::kScaleBlocks * 4 && thread_ / 4 < group.tiles / 2)
+      p_.kv.key_scales[(group.first_tile / 2 + group.first / kKeyBlock128) * 4 + thread_] =
           key_scale(thread_ / 4, thread_ % 4).scale;
-    int8_t* image = p_.kv.key_codes + (group.first_tile + first / kKeyTile) * (kKeyTile * kWidth);
-    float inverse = 0;
+    int8_t* image = p_.kv.key_codes + group.image_at;
+    with_rows(group, [&](auto rows) {
+      float inverse = 0;
 #pragma unroll
-    for (int i = 0; i < S::kRounds; i++) {
-      if (i % kRoundsPerScale == 0) inverse = key_scale(i / kRoundsPerScale, scale_index).inverse;
-      const int row = i * S::kRowsAtOnce + key_row();
-      const Vector8<Element>& x = key(i);
-      float scaled[8];
+      for (int i = 0; i < S::kRounds; i++) {
+        if (i % kRoundsPerScale == 0) inverse = key_scale(i / kRoundsPerScale, scale_index).inverse;
+        const int row = i * S::kRowsAtOnce + key_row();
+        const Vector8<Element>& x = key(i);
+        float scaled[8];
 #pragma unroll
-      for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[c] - mean[c], inverse);
-      uint2 codes = codes_of(scaled);
-      if (row >= valid) codes = make_uint2(0, 0);
-      if (first / kKeyTile + row / kKeyTile < last_tile)
-        *reinterpret_cast<uint2*>(image + sm90::image_place<kWidth>(row, key_column())) = codes;
-    }
+        for (int c = 0; c < 8; c++) scaled[c] = __fmul_rn(x[c] - mean[c], inverse);
+        const uint2 codes = rows.has(row) ? codes_of(scaled) : make_uint2(0, 0);
+        if (rows.has_tile(row / kKeyTile))
+          *reinterpret_cast<uint2*>(image + sm90::image_place<kWidth>(row, key_column())) = codes;
+      }
+    });
   }
 
   __device__ __forceinline__ ScaleAndInverse key_scale(int block, int index) const {
@@ -567,25 +626,31 @@ class Preparer {
   // V. A thread has 8 channels of 4 tokens of every 16 (2 q, 2 q + 1 and the two 8 behind), so that
   // the four codes of a channel are adjacent in the image. 16 lanes have the 64 tokens of a panel.
 
-  __device__ __forceinline__ int value_row(int panel, int i) const {
-    return (first_panel() + panel) * kKeyTile + quad() / 4 * 16 + quad() % 4 * 2 + (i & 1) +
-           (i & 2) * 4;
+  // A row of the thread, less its first one.
+  __device__ __forceinline__ static constexpr int value_step(int panel, int i) {
+    return panel * kKeyTile + (i & 1) + (i & 2) * 4;
   }
-  // Calls `visit(panel, i, address, is_inside)` for all rows of this thread.
+  __device__ __forceinline__ int first_value_row() const {
+    return first_panel() * kKeyTile + quad() / 4 * 16 + quad() % 4 * 2;
+  }
+  // Calls `visit(panel, i, address, is_inside)` for all rows of this thread; where nothing is to be
+  // read, the address is valid all the same.
   template <typename Visit>
   __device__ __forceinline__ void visit_values(const Group& group, Visit visit) {
-    const Element* from = value(group);
-    const int first = first_token(group), valid = valid_tokens(group);
+    with_rows(group, [&](auto rows) {
+      const Element* from = static_cast<const Element*>(p_.value) + group.value_at +
+                            first_value_row() * p_.value_stride_n + value_column();
 #pragma unroll
-    for (int panel = 0; panel < S::kPanels; panel++)
+      for (int panel = 0; panel < S::kPanels; panel++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = value_row(panel, i);
-        const bool is_inside = value_column() < p_.head_dim_v && row < valid;
-        visit(panel, i,
-              is_inside ? from + (first + row) * p_.value_stride_n + value_column() : from,
-              is_inside);
-      }
+        for (int i = 0; i < 4; i++) {
+          const int step = value_step(panel, i);
+          const bool is_inside = rows.has(first_value_row() + step, value_column(), p_.head_dim_v);
+          visit(panel, i,
+                is_inside ? from + step * p_.value_stride_n : static_cast<const Element*>(p_.value),
+                is_inside);
+        }
+    });
   }
   __device__ __forceinline__ void load_values(const Group& group) {
     if (!group.is_active()) return;
@@ -593,9 +658,11 @@ class Preparer {
       v_[panel][i].load(from, is_inside);
     });
   }
-  __device__ __forceinline__ uint4 (*value_slots(int panel, int i)) [kThreads] {
+  using Slot = uint4[kThreads];
+  __device__ __forceinline__ Slot* value_slots(int panel, int i) {
     return shared_.slots + S::kValueSlot + (panel * 4 + i) * S::kParts;
-  } __device__ __forceinline__ void fetch_values(const Group& group) {
+  }
+  __device__ __forceinline__ void fetch_values(const Group& group) {
     if (S::kLoadsValuesLate || !group.is_active()) return;
     visit_values(group, [&](int panel, int i, const Element* from, bool is_inside) {
       Vector8<Element>::fetch(value_slots(panel, i), from, is_inside);
@@ -612,26 +679,25 @@ class Preparer {
   // passes through all of them.
   __device__ __forceinline__ float4 extremes(const Group& group) const {
     if (!group.is_active()) return {};
-    const int valid = valid_tokens(group);
     float sum[8] = {}, low[8], high[8];
+    Range8<Element> range;
+    with_rows(group, [&](auto rows) {
+#pragma unroll
+      for (int panel = 0; panel < S::kPanels; panel++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          if (!rows.has(first_value_row() + value_step(panel, i))) continue;
+          range.include(v_[panel][i]);
+#pragma unroll
+          for (int c = 0; c < 8; c++)
+            sum[c] = fmaf(v_[panel][i][c], 1.f / kValueGroup, sum[c]);  // cannot overflow
+        }
+    });
 #pragma unroll
     for (int c = 0; c < 8; c++) {
-      low[c] = INFINITY;
-      high[c] = -INFINITY;
+      low[c] = range.low[c];
+      high[c] = range.high[c];
     }
-#pragma unroll
-    for (int panel = 0; panel < S::kPanels; panel++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (value_row(panel, i) >= valid) continue;
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-          const float x = v_[panel][i][c];
-          sum[c] = fmaf(x, 1.f / kValueGroup, sum[c]);  // cannot overflow
-          low[c] = smaller_of(low[c], x);
-          high[c] = larger_of(high[c], x);
-        }
-      }
     return {fold_16_lanes(sum, lane(), [](float a, float b) { return a + b; }),
             fold_16_lanes(low, lane(), smaller_of), fold_16_lanes(high, lane(), larger_of), 0.f};
   }
@@ -648,7 +714,7 @@ class Preparer {
       const int shares = group.blocks * S::kShares;
       sm90::barrier_expect(barrier, shares * sizeof(shared_.extremes[0]));
       if (group.rank == 0)
-        sm90::barrier_expect(shared_address(&shared_.has_error), shares * sizeof(shared_.error[0]));
+        sm90::barrier_expect(shared_address(&shared_.has_codes), shares * sizeof(shared_.codes[0]));
     }
     // Lanes 0..7 and 8..15 have the same; each tells half of the blocks.
     for (int i = lane() % 16 / 8; i < group.blocks; i += 2)
@@ -656,7 +722,7 @@ class Preparer {
                         sm90::in_block(barrier, group.first_rank + i));
   }
 
-  // Scales and codes of V, and how much the codes are too small, which the first block is told.
+  // Scales and codes of V, whose sums the first block is told.
   __device__ __forceinline__ void write_values(const Group& group) {
     if (!group.is_active()) return;
     forget();
@@ -664,43 +730,41 @@ class Preparer {
     extremes_phase_ ^= 1;
     if (thread_ < kWidth) find_scale(group);
     __syncthreads();
-    const int first = first_token(group), valid = valid_tokens(group), last_tile = tiles(group);
-    float error[8];  // where the scale is NaN the codes do not matter
+    uint8_t* image =
+        p_.kv.value_codes + group.image_at + first_panel() * (kKeyTile * kWidth) + quad() % 4 * 4;
+    float code_sums[8];  // where the scale is NaN the codes do not matter
+    with_rows(group, [&](auto rows) {
 #pragma unroll
-    for (int c = 0; c < 8; c++) {
-      const int column = value_column() + c;
-      const float center = shared_.center[column], inverse = shared_.inverse[column];
-      float sum = 0;
-      __half2 code_sum = __float2half2_rn(0.f);  // exact: 4 kPanels multiples of 2^-9 up to .25
+      for (int c = 0; c < 8; c++) {
+        const int column = value_column() + c;
+        const float center = shared_.center[column], inverse = shared_.inverse[column];
+        const int place = column * kKeyTile + sm90::swizzled<kKeyTile>(quad() / 4, column) * 16;
+        __half2 code_sum = __float2half2_rn(0.f);  // exact: 4 kPanels multiples of 2^-9 up to .25
 #pragma unroll
-      for (int panel = 0; panel < S::kPanels; panel++) {
-        float x[4];
+        for (int panel = 0; panel < S::kPanels; panel++) {
+          float x[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          x[i] = value_row(panel, i) < valid ? v_[panel][i][c] - center : 0.f;
-          sum += x[i];
+          for (int i = 0; i < 4; i++)
+            x[i] =
+                rows.has(first_value_row() + value_step(panel, i)) ? v_[panel][i][c] - center : 0.f;
+          __half2 low, high;
+          const uint32_t codes =
+              e4m3_pair(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse), low) |
+              e4m3_pair(__fmul_rn(x[2], inverse), __fmul_rn(x[3], inverse), high) << 16;
+          code_sum = __hadd2(code_sum, __hadd2(low, high));
+          if (rows.has_tile(first_panel() + panel))
+            *reinterpret_cast<uint32_t*>(image + panel * (kKeyTile * kWidth) + place) = codes;
         }
-        __half2 low, high;
-        const uint32_t codes = e4m3_pair(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse), low) |
-                               e4m3_pair(__fmul_rn(x[2], inverse), __fmul_rn(x[3], inverse), high)
-                                   << 16;
-        code_sum = __hadd2(code_sum, __hadd2(low, high));
-        const int tile = first / kKeyTile + first_panel() + panel;
-        const int place = sm90::swizzled<kKeyTile>(quad() / 4, column);
-        if (tile < last_tile)
-          *reinterpret_cast<uint32_t*>(p_.kv.value_codes +
-                                       (group.first_tile + tile) * (kKeyTile * kWidth) +
-                                       column * kKeyTile + place * 16 + quad() % 4 * 4) = codes;
+        const float2 codes = __half22float2(code_sum);
+        code_sums[c] = codes.x + codes.y;
       }
-      const float2 codes = __half22float2(code_sum);
-      error[c] = fmaf(-shared_.scale[column], codes.x + codes.y, sum);
-    }
-    const float folded = fold_16_lanes(error, lane(), [](float a, float b) { return a + b; });
+    });
+    const float folded = fold_16_lanes(code_sums, lane(), [](float a, float b) { return a + b; });
     if (lane() % 16 < 8)
-      sm90::store_async(sm90::in_block(shared_address(&shared_.error[share(group)][owned_column()]),
+      sm90::store_async(sm90::in_block(shared_address(&shared_.codes[share(group)][owned_column()]),
                                        group.first_rank),
                         folded,
-                        sm90::in_block(shared_address(&shared_.has_error), group.first_rank));
+                        sm90::in_block(shared_address(&shared_.has_codes), group.first_rank));
   }
   // Of the thread's channel.
   __device__ __forceinline__ void find_scale(const Group& group) {
@@ -713,11 +777,12 @@ class Preparer {
       low = smaller_of(low, told.y);
       high = larger_of(high, told.z);
     }
-    const float center =
-        p_.smooth_value ? sum * (static_cast<float>(kValueGroup) / group.count) : 0.f;
+    const float average = sum * (static_cast<float>(kValueGroup) / group.count);
+    const float center = p_.smooth_value ? average : 0.f;
     // Subtraction rounds monotonically: the extremes of x - center are those of x.
     const ScaleAndInverse scale =
         scale_and_inverse(larger_of(fabsf(low - center), fabsf(high - center)), kValueMax);
+    shared_.average[thread_] = average;
     shared_.center[thread_] = center;
     shared_.scale[thread_] = scale.scale;
     shared_.inverse[thread_] = scale.inverse;
@@ -727,8 +792,8 @@ class Preparer {
   __device__ __forceinline__ void finish(const Group& group) {
     if (!group.is_active()) return;
     if (group.rank == 0) {
-      sm90::barrier_wait(shared_address(&shared_.has_error), error_phase_);
-      error_phase_ ^= 1;
+      sm90::barrier_wait(shared_address(&shared_.has_codes), codes_phase_);
+      codes_phase_ ^= 1;
       if (thread_ < kWidth) find_shift(group);
     }
     if (p_.kv.ready == nullptr) return;
@@ -738,9 +803,9 @@ class Preparer {
   // Of the thread's channel.
   __device__ __forceinline__ void find_shift(const Group& group) {
     float total = 0;
-    for (int i = 0; i < group.blocks * S::kShares; i++) total += shared_.error[i][thread_];
-    const float mean_error = is_finite(total) ? total / group.count : 0.f;
-    p_.kv.value_shift[group_at(group) + thread_] = shared_.center[thread_] + mean_error;
+    for (int i = 0; i < group.blocks * S::kShares; i++) total += shared_.codes[i][thread_];
+    p_.kv.value_shift[group_at(group) + thread_] =
+        fmaf(-shared_.scale[thread_] / group.count, total, shared_.average[thread_]);
   }
   __device__ __forceinline__ static int64_t group_at(const Group& group) {
     return (group.first_group + group.number) * kWidth;
@@ -749,7 +814,7 @@ class Preparer {
   const PrepareParams& p_;
   Memory& shared_;
   int thread_;
-  int extremes_phase_ = 0, error_phase_ = 0;
+  int extremes_phase_ = 0, codes_phase_ = 0;
   Vector8<Element> v_[S::kPanels][4];
 };
 
