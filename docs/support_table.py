@@ -86,7 +86,8 @@ def generated() -> str:
         f"{recipes()}\n"
         f"Inputs: {dtypes}; a head_dim of V other than that of Q and K; any sequence lengths "
         "and strides; grouped heads; bool and float masks of any broadcast shape; causal from the "
-        "top left or the bottom right; packed sequences (`varlen_attention`).\n\n"
+        "top left or the bottom right; packed sequences (`varlen_attention`). "
+        '`SageConfig(rotation="hadamard")` goes with all of it where head_dim is even.\n\n'
         f"{presets()}\n"
         "Anything else runs exact SDPA, for a reason that `why_not` and `report` name:\n\n"
         f"{reasons()}\n"

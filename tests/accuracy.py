@@ -1,4 +1,4 @@
-"""The accuracy table of docs/numerics.md: ``python -m tests.accuracy`` prints it as Markdown.
+"""The accuracy tables of docs/numerics.md: ``python -m tests.accuracy`` prints them as Markdown.
 
 Four heads, 1,024 tokens, head_dim 128, inputs rounded to bf16, against fp64 attention on the same
 inputs: the data of algorithm.md 3.3, whose one head is at the mercy of its own few biases. The
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.numerics import cosine_percent, exact_attention, relative_l1, rmse
 from torch_sage import reference
+from torch_sage.ops.hadamard import rotated
 from torch_sage.recipes import SUPPORT
 
 HEADS, SEQLEN, HEAD_DIM = 4, 1024, 128
@@ -37,6 +38,7 @@ def make_data(kind: str, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor, Tensor]:
     * outlier: Q and K with a bias per channel (sd 3) and 4 common channels at +20;
     * video: a common mean, a smooth field of rank 8 over the tokens, and noise of sd .2;
     * value_bias: V with a bias per channel (sd 8);
+    * loud: every 16th channel of K and V 8 times as large;
     * sink: 4 keys whose logit is +12 and whose values are about .01.
     """
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +57,9 @@ def make_data(kind: str, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor, Tensor]:
         phase = torch.arange(seqlen)[:, None] * (1 + torch.arange(8)) * math.pi / seqlen
         common, field = normal(3, HEADS, 1, HEAD_DIM), normal(3, HEADS, 8, HEAD_DIM) / 2
         q, k, v = (x / 5 + common[i] + phase.cos() @ field[i] for i, x in enumerate((q, k, v)))
+    elif kind == "loud":
+        k[..., ::16] *= 8
+        v[..., ::16] *= 8
     elif kind == "value_bias":
         v = v + 8 * normal(HEADS, 1, HEAD_DIM)
     elif kind == "sink":
@@ -68,11 +73,13 @@ def make_data(kind: str, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor, Tensor]:
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
-def measure(data: tuple[Tensor, Tensor, Tensor], **recipe: Any) -> Accuracy:
+def measure(data: tuple[Tensor, Tensor, Tensor], rotation: str = "none", **recipe: Any) -> Accuracy:
     """Return the error of a recipe on ``data``, relative to fp64 attention."""
     exact = exact_attention(*data).output
-    wide = (x.float() for x in data)  # so that the output's own rounding stays out of the number
-    output = reference.attention(*wide, **{"accumulator": "fp32", **recipe}).output
+    *turned, scale = rotated(rotation, *data[:2], None)
+    # In fp32, so that the output's own rounding stays out of the number.
+    wide = (x.float() for x in (*turned, data[2]))
+    output = reference.attention(*wide, scale=scale, **{"accumulator": "fp32", **recipe}).output
     return Accuracy(cosine_percent(output, exact), relative_l1(output, exact), rmse(output, exact))
 
 
@@ -111,6 +118,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "`i4f8` thread, no smoothing": recipe("int4", "thread", "e4m3", ""),
 }
 COLUMNS = ("gaussian", "outlier", "video")
+ROTATED_ROWS = ("CPU default", "`i8f8` thread, smooth kv", "`i4f8` thread, smooth qk")
+ROTATED_COLUMNS = ("gaussian", "key_bias", "outlier", "loud")
 
 
 def table() -> str:
@@ -125,5 +134,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def rotation_table() -> str:
+    """Return what the Hadamard rotation changes, as Markdown."""
+    data = {kind: make_data(kind) for kind in ROTATED_COLUMNS}
+    lines = [f"| recipe | {' | '.join(ROTATED_COLUMNS)} |"]
+    lines.append("|---" * (1 + len(ROTATED_COLUMNS)) + "|")
+    for name in ROTATED_ROWS:
+        pairs = (
+            [measure(data[kind], rotation, **ROWS[name]).l1 for rotation in ("none", "hadamard")]
+            for kind in ROTATED_COLUMNS
+        )
+        cells = (f"{plain:.4f} → {turned:.4f}" for plain, turned in pairs)
+        lines.append(f"| {name} → rotated | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())  # noqa: T201
+    print(table(), rotation_table(), sep="\n\n")  # noqa: T201

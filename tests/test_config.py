@@ -16,6 +16,7 @@ OTHER = {
     "smooth_q": False,
     "smooth_k": False,
     "smooth_v": True,
+    "rotation": "hadamard",
     "exponential": "exact",
     "dispatch": "always",
     "producers": "never",

@@ -24,6 +24,7 @@ LEVELS: list[list[str]] = [
         "torch_sage.ops.packed",
         "torch_sage.ops.schemas",
         "torch_sage.ops.after_import",
+        "torch_sage.ops.hadamard",
         "torch_sage.ops.rotary",
         "torch_sage.ops.rules",
         "torch_sage.ops.exact",

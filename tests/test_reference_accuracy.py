@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.accuracy import COLUMNS, ROWS, Accuracy, make_data, measure, recipe
+from tests.accuracy import (
+    COLUMNS,
+    ROTATED_COLUMNS,
+    ROWS,
+    Accuracy,
+    make_data,
+    measure,
+    recipe,
+)
 
 # Gates of algorithm.md 3.3. Full size: measured L1 is .0375, .0131, .206 and .0446.
 GATES = [
@@ -117,3 +125,14 @@ def test_docs_show_these_numbers(row: str) -> None:
         measured = measure(make_data(kind), **ROWS[row])
         assert cosine == pytest.approx(measured.cosine, abs=0.002)  # two units of the last digit
         assert error == pytest.approx(measured.l1, abs=0.0002)
+
+
+def test_docs_show_what_the_rotation_does() -> None:
+    """It halves the error of loud channels, and costs some where channels have a large mean."""
+    lines = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text().splitlines()
+    [line] = [x for x in lines if x.startswith("| CPU default → rotated |")]
+    for kind, cell in zip(ROTATED_COLUMNS, line.split("|")[2:-1], strict=True):
+        data = make_data(kind)
+        for rotation, error in zip(("none", "hadamard"), cell.split("→"), strict=True):
+            measured = measure(data, rotation, **ROWS["CPU default"]).l1
+            assert float(error) == pytest.approx(measured, abs=0.0002)

@@ -20,6 +20,7 @@ from torch_sage.ops.dispatch import (
     validate,
     why_not,
 )
+from torch_sage.ops.hadamard import rotated
 from torch_sage.recipes import resolve
 from torch_sage.reference.attention import AttentionOutput
 
@@ -32,7 +33,8 @@ class _Plan(NamedTuple):
 
     reasons: tuple[Reason, ...]
     mask_is_causal: bool
-    is_matrices: bool
+    is_direct: bool
+    """Whether the op takes the arguments as they are."""
     causal: str
     recipe: dict[str, str]
     keeps_layout: bool
@@ -84,7 +86,7 @@ def scaled_dot_product_attention(
     if signature is not None:
         signature = (*signature, enable_gqa, config)
         plan = _PLANS.get(signature)
-        if plan is not None and not plan.reasons and plan.is_matrices:
+        if plan is not None and not plan.reasons and plan.is_direct:
             # Nothing here wants a gradient, so the ops' Python guard (6 us) has nothing to refuse.
             with torch._C._AutoDispatchBelowAutograd():
                 output: Tensor = ops.sdpa(
@@ -106,7 +108,8 @@ def scaled_dot_product_attention(
         )
     mask = None if plan.mask_is_causal else attn_mask
     q, k, v = as_matrices(query, key, value)
-    output = ops.sdpa(q, k, v, mask, plan.causal, scale, **plan.recipe)
+    turned, keys, factor = rotated(as_config(config).rotation, q, k, scale)
+    output = ops.sdpa(turned, keys, v, mask, plan.causal, factor, **plan.recipe)
     if not plan.keeps_layout:
         output = _laid_out_like(q, output)
     return output.squeeze(0) if query.dim() == 3 else output
@@ -163,8 +166,9 @@ def attention_with_lse(
         _announce(reasons, config)
         return _exact_with_lse(q, k, v, mask, causal, scale)
     recipe = resolve(config, query.device, query.dtype, largest_head_dim(query, value)).op_kwargs()
+    turned, keys, factor = rotated(config.rotation, q, k, scale)
     output, lse = ops.sdpa_with_lse(
-        q, k, v, mask, causal, scale, output_order=order_of(query, value.shape[3]), **recipe
+        turned, keys, v, mask, causal, factor, output_order=order_of(q, v.shape[3]), **recipe
     )
     if not _keeps_layout(q, v):
         output = _laid_out_like(q, output)
@@ -277,7 +281,9 @@ def _make_plan(
     return _Plan(
         reasons=(),
         mask_is_causal=mask is not attn_mask,
-        is_matrices=mask is attn_mask and q is query and k is key and v is value,
+        is_direct=config.rotation == "none"
+        and mask is attn_mask
+        and (q is query and k is key and v is value),
         causal=causal,
         recipe={**recipe, "output_order": order_of(q, v.shape[3])},
         keeps_layout=_keeps_layout(q, v),

@@ -11,6 +11,7 @@ Granularity = Literal[
 ]
 PVFormat = Literal["auto", "half", "bf16", "fp16", "fp16_fp16", "e4m3", "e4m3_fp16"]
 Exponential = Literal["auto", "exact", "mixed"]
+Rotation = Literal["none", "hadamard"]
 OnUnsupported = Literal["fallback", "warn", "error"]
 Dispatch = Literal["measured", "always"]
 Producers = Literal["measured", "always", "never"]
@@ -50,6 +51,12 @@ class SageConfig:
     smooth_v: bool | None = None
     """Subtract the token mean of V before quantization and add it to the output."""
 
+    rotation: Rotation = "none"
+    """What Q and K are multiplied by before quantization: ``hadamard`` spreads channels with large
+    scales over all of a head; in exact arithmetic, no change. It takes a head_dim that is even,
+    and costs a matrix product of Q and one of K in front of attention; it rules out
+    ``producers``."""
+
     exponential: Exponential = "auto"
     """How P is computed: ``exact`` to fp32, or ``mixed``, which is faster and approximates some
     columns inside the rounding of P to E4M3."""
@@ -73,6 +80,7 @@ class SageConfig:
             "smooth_q": (None, True, False),
             "smooth_k": (None, True, False),
             "smooth_v": (None, True, False),
+            "rotation": get_args(Rotation),
             "exponential": get_args(Exponential),
             "dispatch": get_args(Dispatch),
             "producers": get_args(Producers),

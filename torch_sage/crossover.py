@@ -9,7 +9,11 @@ measurements) and ``python -m benchmarks.crossover_gpu`` (docs/kernels/hopper.md
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Form = Literal["full", "causal", "masked", "ragged", "packed", "packed causal"]
+"""What a call leaves out of the scores, and how that is said: see ``Rule``; packed sequences, which
+take no mask that is a tensor, have rules of their own."""
 
 
 class Crossover(NamedTuple):
@@ -87,20 +91,21 @@ WIDTHS = (64, 128, 256)
 """Channels that heads are padded to; where the table has ``<kernel>.<width>``, it is their rule."""
 
 
-def _rule_of(kernel: str, widest: int, is_packed: bool) -> Rule:
+def _crossovers(kernel: str, form: Form, widest: int) -> tuple[Crossover, ...]:
     width = next((width for width in WIDTHS if widest <= width), WIDTHS[-1])
-    if is_packed:
-        return _NEVER if width == WIDTHS[-1] else CROSSOVER.get(f"{kernel}.packed", _NEVER)
-    return CROSSOVER.get(f"{kernel}.{width}", CROSSOVER[kernel])
+    if form in ("packed", "packed causal"):
+        packed = CROSSOVER.get(f"{kernel}.packed", _NEVER)
+        rule = _NEVER if width == WIDTHS[-1] else packed
+        return rule.full if form == "packed" else rule.causal
+    crossovers: tuple[Crossover, ...]
+    crossovers = getattr(CROSSOVER.get(f"{kernel}.{width}", CROSSOVER[kernel]), form)
+    return crossovers
 
 
 def prefers_exact(
     kernel: str,
+    form: Form,
     *,
-    is_causal: bool,
-    has_mask: bool,
-    is_ragged: bool,
-    is_packed: bool,
     batch: int,
     heads_q: int,
     seqlen_q: int,
@@ -110,15 +115,10 @@ def prefers_exact(
 ) -> bool:
     """Return whether exact SDPA was measured to be faster at these sizes.
 
-    ``kernel`` is a key of ``CROSSOVER``, without a width. ``is_ragged``: the mask, if there is one,
-    is of ``Rule.ragged``. Packed sequences count as a batch of their average length: longer ones
-    among them only add to what is gained.
+    ``kernel`` is a key of ``CROSSOVER``, without a width. Packed sequences count as a batch of
+    their average length: longer ones among them only add to what is gained.
     """
-    rule = _rule_of(kernel, max(head_dim, head_dim_v), is_packed)
-    if has_mask:
-        crossovers = rule.ragged if is_ragged else rule.masked
-    else:
-        crossovers = rule.causal if is_causal else rule.full
+    crossovers = _crossovers(kernel, form, max(head_dim, head_dim_v))
     multiplications = batch * heads_q * seqlen_q * seqlen_k * (head_dim + head_dim_v)
     elements = batch * heads_q * (seqlen_q * head_dim + seqlen_k * (head_dim + head_dim_v))
     return not any(

@@ -11,7 +11,8 @@ from torch_sage.attention import order_of
 from torch_sage.config import SageConfig, as_config
 from torch_sage.devices import lack_of_sm90
 from torch_sage.ops.checks import recipe_problems
-from torch_sage.ops.dispatch import bias_problems, causal_of, causal_problems
+from torch_sage.ops.dispatch import bias_problems, causal_of, causal_problems, rotation_reasons
+from torch_sage.ops.hadamard import rotate, scale_of_rotated
 from torch_sage.recipes import PREPARED, Recipe, resolve_in
 
 
@@ -30,6 +31,8 @@ class PreparedKV(NamedTuple):
     value_shift: Tensor
     seqlen_k: int
     head_dim_v: int
+    rotation: str = "none"
+    """What the keys were multiplied by, as in ``SageConfig``."""
 
 
 def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = None) -> PreparedKV:
@@ -41,7 +44,7 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
     Args:
         key: [B, Hkv, M, D]; float32, bfloat16 or float16; any strides.
         value: [B, Hkv, M, Dv] in the dtype of key.
-        config: how to smooth; None means the default recipe of the device.
+        config: how to rotate and smooth; None means the default recipe of the device.
 
     Raises:
         TypeError: if key or value is not a tensor.
@@ -51,10 +54,13 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
         RuntimeError: if key or value wants a gradient.
     """
     _require_tensors(key=key, value=value)
+    config = as_config(config)
     recipe = _recipe("key", key, config)
+    if config.rotation == "hadamard":
+        key = rotate(key)
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     operands = ops.prepare_kv(key, value, smooth=recipe.smooth)
-    return PreparedKV(*operands, key.shape[2], value.shape[3])
+    return PreparedKV(*operands, key.shape[2], value.shape[3], config.rotation)
 
 
 def attention_prepared(
@@ -81,7 +87,8 @@ def attention_prepared(
         scale: of the scores; None means 1 / sqrt(D).
         causal: "none", "top_left" or "bottom_right" (m <= n + M - N, as with a KV cache), in place
             of ``is_causal``.
-        config: how to compute; None means the default recipe of the device.
+        config: how to compute, with the rotation of prepared; None means the default recipe of the
+            device, without one.
 
     Returns:
         [B, Hq, N, Dv] in the dtype of query, and in its memory order where heads or tokens come
@@ -96,22 +103,27 @@ def attention_prepared(
     _require_tensors(query=query, **({} if attn_mask is None else {"attn_mask": attn_mask}))
     if not isinstance(prepared, PreparedKV):
         raise TypeError(f"prepared must be a PreparedKV, got {type(prepared).__name__}")
+    config = as_config(config)
     recipe = _recipe("query", query, config)
-    if query.dim() != 4:
-        raise ValueError(f"query must be 4-D, got {list(query.shape)}")
+    if config.rotation != prepared.rotation:
+        expected = f"have the rotation of prepared, {prepared.rotation!r}"
+        raise ValueError(f"config must {expected}, got {config.rotation!r}")
     problems = causal_problems(attn_mask, is_causal, causal)
     problems += bias_problems(attn_mask, query.shape[2], prepared.seqlen_k)
     if problems:
         raise ValueError("; ".join(problems))
     mask, alignment = causal_of(attn_mask, is_causal, causal)
+    order = order_of(query, prepared.head_dim_v)
+    if prepared.rotation == "hadamard":
+        query, scale = rotate(query), scale_of_rotated(query.shape[3], scale)
     output: Tensor = ops.attention_prepared(
         query,
-        *prepared,
+        *prepared[:-1],
         mask,
         alignment,
         scale,
         exponential=recipe.exponential,
-        output_order=order_of(query, prepared.head_dim_v),
+        output_order=order,
     )
     return output
 
@@ -122,12 +134,15 @@ def _require_tensors(**arguments: object) -> None:
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def _recipe(name: str, operand: Tensor, config: SageConfig | str | None) -> Recipe:
+def _recipe(name: str, operand: Tensor, config: SageConfig) -> Recipe:
     """Return the recipe to compute with on the device of ``operand``, which is ``name``."""
-    config = as_config(config)
+    if operand.dim() != 4:
+        raise ValueError(f"{name} must be 4-D, got {list(operand.shape)}")
     if lack := lack_of_sm90(name, operand.device):
         raise NotImplementedError(lack)
     recipe = resolve_in(PREPARED, config, operand.dtype)
-    if problems := recipe_problems({PREPARED: recipe.op_kwargs()}):
+    problems = recipe_problems({PREPARED: recipe.op_kwargs()})
+    problems += [reason.message for reason in rotation_reasons(operand, config)]
+    if problems:
         raise NotImplementedError("; ".join(problems))
     return recipe

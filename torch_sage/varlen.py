@@ -14,7 +14,9 @@ from torch_sage.ops.dispatch import (
     causal_of,
     causal_problems,
     device_reasons,
+    rotation_reasons,
 )
+from torch_sage.ops.hadamard import rotated
 from torch_sage.recipes import Recipe, choose_row, resolve_in
 from torch_sage.reference.attention import AttentionOutput
 
@@ -71,6 +73,7 @@ def varlen_attention(
         RuntimeError: if query, key or value wants a gradient.
     """
     operands = (query, key, value, cu_seqlens_q, cu_seqlens_k)
+    config = as_config(config)
     names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
     for name, tensor in zip(names, operands, strict=True):
         if not isinstance(tensor, Tensor):
@@ -82,11 +85,13 @@ def varlen_attention(
     ]
     if problems:
         raise ValueError("; ".join(problems))
-    recipe, reasons = choose_recipe(query, value, as_config(config))
+    recipe, reasons = choose_recipe(query, value, config)
     if recipe is None:
         raise NotImplementedError("; ".join(reason.message for reason in reasons))
     run = ops.varlen_sdpa_with_lse if return_lse else ops.varlen_sdpa
-    result = run(*operands, max_seqlen_q, max_seqlen_k, alignment, scale, **recipe.op_kwargs())
+    q, k, factor = rotated(config.rotation, query, key, scale)
+    packs = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    result = run(q, k, value, *packs, alignment, factor, **recipe.op_kwargs())
     return AttentionOutput(*result) if return_lse else result
 
 
@@ -96,7 +101,7 @@ def choose_recipe(
     """Return what ``config`` means for packed sequences, or the reasons why nothing runs it."""
     rows = rows_of(query.device)
     head_dim = largest_head_dim(query, value)
-    reasons = device_reasons(query, config, rows, head_dim)
+    reasons = device_reasons(query, config, rows, head_dim) + rotation_reasons(query, config)
     if reasons:
         return None, tuple(reasons)
     row = choose_row(config, rows, query.dtype, head_dim)

@@ -1,4 +1,4 @@
-"""Our own roads: the sm90 kernels, exact and mixed exponential, those of mma.sync, and Triton's."""
+"""Our own roads: the sm90 kernels in three ways, those of mma.sync, and Triton's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from benchmarks.gpu.contender import Calls, Contender, nothing
 from benchmarks.gpu.problem import Problem
 from torch_sage import _extension
 from torch_sage.ops import triton_attention
+from torch_sage.ops.hadamard import rotated
 from torch_sage.ops.triton_attention import Tile
 
 RECIPE = {"qk": "int8", "granularity": "token_thread", "pv": "e4m3_fp16", "smooth": "kv"}
@@ -59,6 +60,23 @@ def sm90(exponential: str) -> Contender:
     return Contender(lack_sm90, calls)
 
 
+def sm90_rotated() -> Contender:
+    """Return the Hopper kernels behind the Hadamard rotation of Q and K."""
+
+    def calls(problem: Problem) -> Calls:
+        query, key, value, is_causal = problem
+        causal = "top_left" if is_causal else "none"
+
+        def whole() -> Tensor:
+            q, k, scale = rotated("hadamard", query, key, None)
+            op = torch.ops.torch_sage.sdpa
+            return op(q, k, value, None, causal, scale, **RECIPE, exponential="mixed")
+
+        return {"whole": whole}
+
+    return Contender(lack_sm90, calls)
+
+
 def lack_mma() -> str | None:
     """Say why the mma.sync kernels are not here, if they are not."""
     if not _extension.is_available():
@@ -103,6 +121,7 @@ def triton(smooth: str, tile: Tile | None = None, granularity: str = "token_bloc
 
 
 SAGE: dict[str, Contender] = {"sage": sm90("mixed"), "sage-exact": sm90("exact")}
+ROTATED: dict[str, Contender] = {"sage-hadamard": sm90_rotated()}
 MMA: dict[str, Contender] = {
     "mma-bf16": mma("bf16", "k"),
     "mma-bf16-qk": mma("bf16", "qk"),

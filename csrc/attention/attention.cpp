@@ -53,14 +53,14 @@ void copy_padded(const Operand& codes, int64_t bytes, int8_t* out) {
   }
 }
 
-// Rows of an operand.
-struct Span {
+// The rows of an operand that one sequence has.
+struct RowRange {
   int64_t first, rows;
 };
-FloatOperand rows_of(const FloatOperand& x, const Span& span) {
+FloatOperand rows_of(const FloatOperand& x, const RowRange& range) {
   FloatOperand part = x;
-  part.data = x.row(0, 0, span.first);
-  part.rows = span.rows;
+  part.data = x.row(0, 0, range.first);
+  part.rows = range.rows;
   return part;
 }
 
@@ -195,7 +195,7 @@ Result attend_batch(const Tensor& query, const Tensor& key, const Tensor& value,
 }
 
 // Sequence `index`, of which the arguments of the same call say how long it may be.
-Span sequence(const char* side, const Packed& packed, int index) {
+RowRange sequence(const char* side, const Packed& packed, int index) {
   const int64_t first = packed.starts[index], end = packed.starts[index + 1];
   check(first >= 0 && first <= end && end <= packed.rows, "cu_seqlens_", side,
         " must not decrease, and be between 0 and the number of tokens, ", packed.rows, ", got ",
@@ -214,7 +214,8 @@ Result attend_packed(const PackedOperands& operands, const Request& request,
   const int64_t columns = operands.value.columns, row_bytes = q.heads * columns * q.element_bytes;
   auto* output = static_cast<std::byte*>(result.output.mutable_data_ptr());
   for (int i = 0; i < operands.queries.count; ++i) {
-    const Span queries = sequence("q", operands.queries, i), keys = sequence("k", operands.keys, i);
+    const RowRange queries = sequence("q", operands.queries, i);
+    const RowRange keys = sequence("k", operands.keys, i);
     if (operands.is_empty() || queries.rows == 0) continue;
     const Operands own{rows_of(q, queries), rows_of(operands.key, keys),
                        rows_of(operands.value, keys)};

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "attention/quad.cuh"
 #include "common/params.h"
 
 namespace torch_sage {
@@ -43,44 +42,66 @@ __device__ __forceinline__ uint32_t pack_halves(Dtype dtype, float low, float hi
   return packed;
 }
 
-// Writes x[h][k][b]: row 8 h below, column 8 (block + k) + 2 quad + b of the thread's quad.
+// Writes x[h][b]: row 8 h below, column 8 block + 2 quad + b of the thread's quad.
 template <typename Params>
-__device__ __forceinline__ void store_columns(const Params& p, const Place& place, int block,
-                                              int quad, const float (&x)[2][4][2]) {
-  if (p.dtype == Dtype::kFloat32) {
+__device__ __forceinline__ void store_elements(const Params& p, const Place& place, int block,
+                                               int quad, const float (&x)[2][2]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      const int64_t row = 8 * h * p.output_rows.stride_n;
+      const int column = 8 * block + 2 * quad + b;
+      if (8 * h >= place.rows || column >= p.head_dim_v) continue;
+      if (p.dtype == Dtype::kFloat32) {
+        reinterpret_cast<float*>(place.output)[row + column] = x[h][b];
+      } else {
+        reinterpret_cast<uint16_t*>(place.output)[row + column] =
+            static_cast<uint16_t>(pack_halves(p.dtype, x[h][b], 0.f));
+      }
+    }
+}
+
+// Whether results are written four at a time: rows of the op's own output are aligned to 8 bytes
+// wherever their length is.
+template <typename Params>
+__device__ __forceinline__ bool stores_vectors(const Params& p) {
+  return p.dtype != Dtype::kFloat32 && p.head_dim_v % 4 == 0;
+}
+
+// Writes what store_elements does of two blocks of columns, as pairs of 16-bit numbers. Two lanes
+// swap a half each and then have 4 adjacent columns: a quad fills sectors of 32 bytes.
+class VectorStore {
+ public:
+  template <typename Params>
+  __device__ __forceinline__ VectorStore(const Params& p, const Place& place, int quad)
+      : is_odd_(quad & 1), columns_(p.head_dim_v - first_column(quad)), rows_(place.rows) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      at_[h] = place.output + (8 * h * p.output_rows.stride_n + first_column(quad)) * 2;
+  }
+
+  // low, high: pairs of an even block and of the next, in both rows.
+  __device__ __forceinline__ void store(int block, const uint32_t (&low)[2],
+                                        const uint32_t (&high)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float* to = reinterpret_cast<float*>(place.output) + 8 * h * p.output_rows.stride_n;
-#pragma unroll
-      for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-          const int column = 8 * (block + k) + 2 * quad + b;
-          if (8 * h < place.rows && column < p.head_dim_v) to[column] = x[h][k][b];
-        }
-    }
-    return;
-  }
-  // Handed round in the quad, this gives each lane the 8 adjacent columns of block + quad.
-  const int first = 8 * (block + quad);
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    uint32_t r[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) r[k] = pack_halves(p.dtype, x[h][k][0], x[h][k][1]);
-    transpose_quad(r, quad);
-    uint16_t* to =
-        reinterpret_cast<uint16_t*>(place.output) + 8 * h * p.output_rows.stride_n + first;
-    // Rows of the op's own output are aligned to 16 bytes wherever their length is.
-    if (p.head_dim_v % 8 == 0) {
-      if (8 * h < place.rows && first < p.head_dim_v)
-        *reinterpret_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
-    } else if (8 * h < place.rows) {
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        if (first + i < p.head_dim_v) to[i] = static_cast<uint16_t>(r[i / 2] >> 16 * (i & 1));
+      const uint32_t got = __shfl_xor_sync(~0u, is_odd_ ? low[h] : high[h], 1);
+      const uint2 four = is_odd_ ? make_uint2(got, high[h]) : make_uint2(low[h], got);
+      if (8 * h < rows_ && 8 * block < columns_)
+        *reinterpret_cast<uint2*>(at_[h] + 16 * block) = four;
     }
   }
-}
+
+ private:
+  __device__ __forceinline__ static int first_column(int quad) {
+    return 8 * (quad & 1) + 4 * (quad >> 1);
+  }
+
+  const bool is_odd_;
+  const int columns_;  // from the thread's first
+  const int rows_;     // from its first
+  char* at_[2];
+};
 
 }  // namespace torch_sage

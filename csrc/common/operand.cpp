@@ -234,7 +234,7 @@ Tensor read_table(const std::string& name, const Tensor& tensor, const FloatOper
   if (!std::equal(sizes.begin(), sizes.end(), got.begin(), got.end(), is_allowed)) {
     std::ostringstream expected;
     for (const auto& allowed : sizes) {
-      for (const int64_t size : allowed)
+      for (const int64_t& size : allowed)
         expected << (&size == allowed.data() ? "" : " or ") << size;
       expected << (&allowed == &sizes.back() ? "" : ", ");
     }

@@ -133,7 +133,8 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   launch_prepare_kv(params, stream);
 }
 
-// Whether a thread may read the elements of a row 16 bytes at a time.
+// Whether a thread may read the elements of a row 16 bytes at a time. torch_sage/ops/dispatch.py
+// (_is_ragged) guesses this from the hints of sizes, before there is an address, to judge speed.
 bool is_dense(const Mask& mask) {
   const int64_t bytes = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat32 ? 4 : 2;
   const auto is_aligned = [=](int64_t elements) { return elements * bytes % 16 == 0; };
@@ -166,6 +167,47 @@ struct Target {
     return target;
   }
 };
+
+// Lets query heads that share keys, and see the same of them, be rows of one head, one behind the
+// other: their keys are read once. Returns the tensor that they are in now.
+Tensor pack_heads(const FloatOperand& q, sm90::AttentionParams& p) {
+  const int group = p.heads_q / p.heads_kv, rows = p.seqlen_q;
+  const auto are_rows = [=](int64_t stride_h, int64_t stride_n) {
+    return rows == 1 || stride_h == rows * stride_n;
+  };
+  const bool see_the_same = p.causal == Causal::kNone || rows == 1;
+  if (group == 1 || !see_the_same || !are_rows(p.mask_stride_h, p.mask_stride_n)) return q.tensor;
+  Tensor tensor = q.tensor;
+  if (!are_rows(q.stride_h, q.stride_n)) {
+    tensor = make_contiguous(tensor);
+    p.query = tensor.const_data_ptr();
+    p.query_rows = {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+  const auto pack = [=](int64_t& stride_h, int64_t& stride_n) {
+    if (rows == 1) stride_n = stride_h;
+    stride_h *= group;
+  };
+  pack(p.query_rows.stride_h, p.query_rows.stride_n);
+  pack(p.mask_stride_h, p.mask_stride_n);
+  p.heads_q = p.heads_kv;
+  p.seqlen_q = rows * group;
+  return tensor;
+}
+
+// Keys that the last row may see, which sees the most.
+int64_t visible_keys(const sm90::AttentionParams& p) {
+  return std::min<int64_t>(p.kv.seqlen, int64_t{p.seqlen_q} + p.last_key_offset);
+}
+
+// Splits the keys. Returns the memory of the parts' results.
+Tensor split_keys(sm90::AttentionParams& p, const Device& device) {
+  p.parts = sm90::split(visible_keys(p), p.seqlen_q);
+  const int64_t rows = int64_t{p.batch} * p.heads_q * p.parts.count * p.seqlen_q;
+  Tensor results = new_tensor({rows * (p.kv.width + 4)}, ScalarType::Float, device);
+  p.parts.outputs = static_cast<float*>(results.mutable_data_ptr());
+  p.parts.sums = reinterpret_cast<float4*>(p.parts.outputs + rows * p.kv.width);
+  return results;
+}
 
 // Fills the target.
 void attend(const FloatOperand& query, const PreparedQuery& prepared_query, const Packed& queries,
@@ -205,6 +247,22 @@ void attend(const FloatOperand& query, const PreparedQuery& prepared_query, cons
   params.section = section_of(kv, request.causal);
   params.work_counter = launch.work_counter;
   params.follows_prepare = launch.follows_prepare;
+  std::optional<Tensor> packed, parts, counter;
+  // Where K and V have just been prepared, that took most of the time, and a packed sequence has
+  // the bits of a call with it alone.
+  if (!launch.follows_prepare) {
+    if (q.rows <= sm90::kFewRows && visible_keys(params) > kValueGroup) {
+      const int tokens = params.seqlen_q;
+      packed = pack_heads(q, params);
+      parts = split_keys(params, query.tensor.device());
+      params.parts.tokens = tokens;
+    } else if (request.causal != Causal::kNone || request.wants_lse) {
+      // Work is handed out one by one where it differs, and in rings, whose copies keep some
+      // multiprocessors busy; zero is zero in any dtype.
+      counter = torch::stable::new_zeros(query.tensor, {4});
+      params.work_counter = static_cast<int*>(counter->mutable_data_ptr());
+    }
+  }
   sm90::launch_attention(params, multiprocessors(launch.device), launch.stream);
 }
 
@@ -341,16 +399,9 @@ Result attend_prepared(const Tensor& query, const Prepared& tensors, int64_t seq
       read("value_scales", value_scales, fp32, kv.value_scales()),
       read("value_shift", value_shift, fp32, kv.value_scales())};
   point_to(checked, kv.view);
-  // Work is handed out one by one where it differs, and in rings, whose copies keep some
-  // multiprocessors busy; zero is zero in any dtype.
-  std::optional<Tensor> counter;
-  if (request.causal != Causal::kNone || request.wants_lse)
-    counter = torch::stable::new_zeros(query, {4});
-  int* work_counter = counter ? static_cast<int*>(counter->mutable_data_ptr()) : nullptr;
   const auto [result, is_done] = new_result(q, seqlen_k, head_dim_v, request);
   if (!is_done)
-    attend(q, {}, {}, kv, request, Target(result),
-           {exact, is_part, work_counter, false, index, stream});
+    attend(q, {}, {}, kv, request, Target(result), {exact, is_part, nullptr, false, index, stream});
   return result;
 }
 

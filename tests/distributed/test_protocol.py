@@ -21,10 +21,12 @@ from tests.distributed.launch import launch
 from tests.distributed.split import attend_in_context
 from tests.numerics import relative_l1, same_bits
 from torch_sage import SageConfig, _extension
+from torch_sage.ops import hadamard
 
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason=_extension.unavailable_reason() or ""
 )
+ROTATING = SageConfig(rotation="hadamard")
 TOKENS, LONG, HEADS, CHANNELS = 128, 4096, 4, 64
 PADDING = 6 * 127  # of the six tensors of a packet to 128 bytes each, at most
 
@@ -104,6 +106,9 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "options": lambda: D.ring_attention(q, k, v, is_causal=first),
         "recipe": lambda: D.ring_attention(
             q, k, v, config=SageConfig(granularity="block" if first else "token")
+        ),
+        "rotation": lambda: D.ring_attention(
+            q, k, v, config=SageConfig(rotation="hadamard" if first else "none")
         ),
         "kernels": lambda: attend_by(first, q, k, v),
         "heads": lambda: D.ulysses_attention(q[:, :3], k[:, :3], v[:, :3]),
@@ -218,6 +223,11 @@ def work(rank: int, size: int) -> dict[str, Any]:
                 torch_sage.attention_with_lse(*local, config=SageConfig(smooth_q=False)).output
             ]
         ],
+        "rotated": [
+            same_bits(attend(*local, config=ROTATING), attend(*turned, local[2], scale=scale))
+            for *turned, scale in [hadamard.rotated("hadamard", *local[:2], None)]
+            for attend in (D.ring_attention, D.ulysses_attention)
+        ],
         "context": [attend_in_context(mesh, tensors(), causal) for causal in (False, True)],
         "unsupported context": unsupported_context(rank, size),
     }
@@ -239,6 +249,7 @@ REFUSALS = {
     ],
     "options": ["ValueError: options must be the same on every rank, got ['is_causal=True,"],
     "recipe": ["ValueError: options must be the same on every rank"],
+    "rotation": ["ValueError: options must be the same on every rank"],
     "kernels": ["ValueError: options must be the same on every rank, got"],
     "heads": ["ValueError: query must have a multiple of 2 heads"],
     "grouped heads": ["ValueError: key must have a multiple of 2 heads"],
@@ -273,6 +284,10 @@ def test_a_wrong_call_is_an_error_on_every_rank(ranks: list[dict[str, Any]], nam
 def test_a_process_outside_of_the_group_is_refused(ranks: list[dict[str, Any]]) -> None:
     message = "ValueError: group must contain this process, got one without rank 1"
     assert ranks[1]["refusals"]["outsider"] == message
+
+
+def test_what_is_rotated_is_what_the_ranks_send(ranks: list[dict[str, Any]]) -> None:
+    assert all(all(rank["rotated"]) for rank in ranks)
 
 
 def test_without_processes_there_is_no_group() -> None:

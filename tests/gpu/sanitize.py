@@ -1,9 +1,10 @@
 """Calls of every instantiation of the CUDA kernels, small, for NVIDIA's compute-sanitizer:
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
-with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, mma,
-packed-mma) behind that leave out the others, and ``--short`` gives a member of the mma.sync family
-each shape once, with another dtype and mode of masking every time: racecheck is slow.
+with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, split,
+mma, packed-mma, triton) behind that leave out the others, and ``--short`` gives a member of the
+mma.sync family each shape once, with another dtype and mode of masking every time: racecheck is
+slow. Triton's kernels run each mode of masking with one dtype: every combination is compiled anew.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that memcheck sees what
 lies behind it.
 """
@@ -23,11 +24,13 @@ from tests.gpu.shared import OPS, Recipe
 from tests.gpu.sm90 import EXPONENTIALS, RECIPE
 from tests.varlen import pack
 from torch_sage.ops.checks import PAIRINGS, ROTARY_HEAD_DIMS
+from torch_sage.recipes import SUPPORT
 
 Shape = tuple[int, int, int, int]  # query rows, keys, and both head dimensions
 # Rows off the tiles (192 and 128), one key, one group of V and two, and what needs padded copies.
 SHAPES = ((1, 1, 64, 64), (200, 300, 64, 64), (70, 1100, 128, 128), (130, 129, 40, 33))
 WIDE = (130, 129, 256, 200)
+SPLIT = ((1, 1100, 64, 64), (3, 1700, 128, 100), (40, 1030, 256, 256))
 CAUSAL = ("none", "top_left", "bottom_right")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,6 +121,32 @@ def call_rotary(shape: Shape, dtype: torch.dtype, causal: str) -> None:
         use(OPS.rotary_sdpa(*operands, pairing=pairing, **recipe))
 
 
+def call_triton(dtype: torch.dtype, causal: str) -> None:
+    """Run Triton's kernels, which the library calls for recipes that are none of its own."""
+    q, k, v = (
+        torch.randn(1, heads, tokens, 64, device="cuda").to(dtype)
+        for heads, tokens in ((4, 200), (2, 300), (2, 300))
+    )
+    recipe = SUPPORT["cuda"].default.op_kwargs()
+    use(*OPS.sdpa_with_lse(q, k, v, None, causal, **recipe))
+    if causal == "none":
+        use(OPS.sdpa(q, k, v, torch.rand(200, 300, device="cuda") > 0.5, **recipe))
+    call_packed(recipe, (200, 300, 64, 64), dtype, causal)
+
+
+def call_split(shape: Shape, dtype: torch.dtype, causal: str) -> None:
+    """Run few queries on prepared keys, whose heads are packed or not, with masks and without."""
+    n, m, d, dv = shape
+    q = torch.randn(2, 4, n, d, device="cuda").to(dtype)
+    k, v = (torch.randn(2, 2, m, channels, device="cuda").to(dtype) for channels in (d, dv))
+    operands = (*OPS.prepare_kv(k, v), m, dv)
+    use(*OPS.attention_prepared_with_lse(q, *operands, None, causal))
+    if causal == "none":
+        visible = torch.rand(n, m, device="cuda") > 0.5
+        for mask in (visible, visible.to(dtype)):
+            use(OPS.attention_prepared(q, *operands, mask))
+
+
 def call_many(causal: str) -> None:
     """Run more heads than there are multiprocessors: a block takes a second piece of work."""
     many = torch.randn(2, 80, 130, 64, device="cuda").bfloat16()
@@ -128,12 +157,14 @@ HOPPER: dict[str, Callable[[Shape, torch.dtype, str], None]] = {
     "hopper": call,
     "rotary": call_rotary,
     "packed-hopper": call_packed_hopper,
+    "split": call_split,
 }
+SHAPES_OF = {"rotary": SHAPES, "split": SPLIT}
 BY_MEMBER: dict[str, Callable[[Member, Shape, torch.dtype, str], None]] = {
     "mma": call_mma,
     "packed-mma": call_packed_mma,
 }
-FAMILIES = [*HOPPER, *BY_MEMBER]
+FAMILIES = [*HOPPER, *BY_MEMBER, "triton"]
 
 
 def main() -> None:
@@ -148,9 +179,13 @@ def main() -> None:
     modes = [*itertools.product(DTYPES, CAUSAL)]
     for family in families:
         if family in HOPPER:
-            shapes = SHAPES if family == "rotary" else (*SHAPES, WIDE)
+            shapes = SHAPES_OF.get(family, (*SHAPES, WIDE))
             for shape, mode in itertools.product(shapes, modes):
                 HOPPER[family](shape, *mode)
+            continue
+        if family == "triton":
+            for dtype, causal in zip(DTYPES, CAUSAL, strict=True):
+                call_triton(dtype, causal)
             continue
         for i, shape in enumerate((*SHAPES, WIDE)):
             for j, member in enumerate(MEMBERS):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.cases import DTYPES, AttentionCase, Inputs
 from tests.numerics import exact_attention, relative_l1, same_bits
+from tests.varlen import one_by_one, pack, starts
 
 OPS = torch.ops.torch_sage
 Recipe = dict[str, Any]
@@ -246,3 +247,24 @@ def assert_mask_strides_beyond_32_bits(recipe: Recipe) -> None:
     mask = storage.as_strided((16, 300), (2**28, 1)).copy_(dense)
     found = OPS.sdpa(q, k, v, mask, **recipe)
     assert same_bits(found, OPS.sdpa(q, k, v, dense, **recipe))
+
+
+def assert_replays_other_lengths(recipe: Recipe) -> None:
+    """Require a CUDA graph to compute packed sequences of the lengths that it finds at replay."""
+    tokens, count = 1500, 6
+    first = pack([250] * count, [250] * count, device="cuda")
+    inputs = first._replace(max_seqlen_q=tokens, max_seqlen_k=tokens)
+    OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
+    for lengths in ([1500, 0, 0, 0, 0, 0], [1, 2, 3, 1400, 90, 4], [65, 64, 63, 500, 408, 400]):
+        for edges in (inputs.cu_seqlens_q, inputs.cu_seqlens_k):
+            edges.copy_(starts(lengths))
+        for x in inputs[:3]:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        eager = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
+        alone = one_by_one(inputs, "bottom_right", **recipe)
+        for got, expected, other in zip(captured, eager, alone, strict=True):
+            assert same_bits(got, expected) and same_bits(got, other)

@@ -56,14 +56,18 @@ def test_prepared_images_beyond_32_bits() -> None:
     heads, m, d = 257, 2**17, 128
     q, k, v = normal(1, 1, 16, d), normal(1, 1, m, d), normal(1, 1, m, d)
     alone = OPS.sdpa(q, k, v, **ARGUMENTS)
+    prepared_alone = OPS.prepare_kv(k, v)
+    split_alone = OPS.attention_prepared(q, *prepared_alone, m, d)
     everyone = [x.expand(1, heads, -1, -1) for x in (q, k, v)]
     whole = OPS.sdpa(*everyone, **ARGUMENTS)
     prepared = OPS.prepare_kv(*everyone[1:])
     assert prepared[0].numel() > BEYOND
+    split = OPS.attention_prepared(everyone[0], *prepared, m, d)
     for head in (0, 127, 128, 255, 256):
         assert same_bits(whole[:, head], alone[:, 0])
-        last = [x[:, head : head + 1] for x in prepared]
-        assert same_bits(OPS.attention_prepared(q, *last, m, d), alone)
+        assert same_bits(split[:, head], split_alone[:, 0])
+        for images, image in zip(prepared, prepared_alone, strict=True):
+            assert same_bits(images[:, head], image[:, 0])
 
 
 def test_mask_strides_beyond_32_bits() -> None:

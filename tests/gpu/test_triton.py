@@ -13,6 +13,7 @@ from torch import Tensor
 
 import torch_sage
 from tests.cases import DTYPES, AttentionCase, Inputs, make_inputs
+from tests.gpu.shared import assert_replays_other_lengths
 from tests.numerics import assert_within_budget, relative_l1, same_bits
 from tests.triton.oracle import ALL_CASES, GRANULARITIES, arguments, expected
 from tests.triton.packed import (
@@ -310,22 +311,7 @@ def test_packed_rows_that_no_sequence_has_are_zero() -> None:
 
 
 def test_a_graph_is_replayed_with_other_lengths() -> None:
-    tokens, count = 1500, 6
-    first = pack([250] * count, [250] * count, device="cuda")
-    inputs = first._replace(max_seqlen_q=tokens, max_seqlen_k=tokens)
-    OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **DEFAULT)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **DEFAULT)
-    for lengths in ([1500, 0, 0, 0, 0, 0], [1, 2, 3, 1400, 90, 4], [65, 64, 63, 500, 408, 400]):
-        for edges in (inputs.cu_seqlens_q, inputs.cu_seqlens_k):
-            edges.copy_(starts(lengths))
-        for x in inputs[:3]:
-            x.copy_(torch.randn_like(x))
-        graph.replay()
-        alone = one_by_one(inputs, "bottom_right", **DEFAULT)
-        for got, right in zip(captured, alone, strict=True):
-            assert same_bits(got, right)
+    assert_replays_other_lengths(DEFAULT)
 
 
 def test_packed_sequences_wait_for_nothing_and_take_the_memory_of_their_tokens() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 import torch_sage
 from tests.gpu import sm90
 from tests.gpu.mma import MEMBERS, Member
-from tests.gpu.shared import OPS, Recipe
+from tests.gpu.shared import OPS, Recipe, assert_replays_other_lengths
 from tests.numerics import same_bits
 from tests.varlen import Packed, as_batch, one_by_one, pack, sequences, starts
 from torch_sage import SageConfig
@@ -182,23 +182,7 @@ def test_lengths_that_make_no_sense_touch_no_other_memory(recipe: Recipe, edges:
 
 @of_each_family
 def test_a_graph_is_replayed_with_other_lengths(recipe: Recipe) -> None:
-    tokens, count = 1500, 6
-    first = pack([250] * count, [250] * count, device="cuda")
-    inputs = first._replace(max_seqlen_q=tokens, max_seqlen_k=tokens)
-    OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
-    for lengths in ([1500, 0, 0, 0, 0, 0], [1, 2, 3, 1400, 90, 4], [65, 64, 63, 500, 408, 400]):
-        for edges in (inputs.cu_seqlens_q, inputs.cu_seqlens_k):
-            edges.copy_(starts(lengths))
-        for x in inputs[:3]:
-            x.copy_(torch.randn_like(x))
-        graph.replay()
-        eager = OPS.varlen_sdpa_with_lse(*inputs, "bottom_right", **recipe)
-        alone = one_by_one(inputs, "bottom_right", **recipe)
-        for got, expected, other in zip(captured, eager, alone, strict=True):
-            assert same_bits(got, expected) and same_bits(got, other)
+    assert_replays_other_lengths(recipe)
 
 
 @of_each_family

@@ -242,24 +242,19 @@ def test_the_measured_choice_is_the_rows_own(hopper: None, monkeypatch: pytest.M
 
 def test_a_width_may_have_a_rule_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     always = (Crossover(0, 0),)
-    batches = {"is_packed": False, "batch": 1, "heads_q": 1, "seqlen_q": 8, "seqlen_k": 8}
+    batches = {"batch": 1, "heads_q": 1, "seqlen_q": 8, "seqlen_k": 8}
     monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90", Rule(always, (), (), ()))
     monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90.128", Rule((), always, (), ()))
     monkeypatch.setitem(crossover.CROSSOVER, "cuda.sm90.256", Rule((), (), always, ()))
-    kinds = {
-        64: {"is_causal": False, "has_mask": False, "is_ragged": False},
-        128: {"is_causal": True, "has_mask": False, "is_ragged": False},
-        256: {"is_causal": False, "has_mask": True, "is_ragged": False},
-    }
+    forms: dict[int, crossover.Form] = {64: "full", 128: "causal", 256: "masked"}
     for least, most in ((1, 64), (65, 128), (129, 256)):
-        for width, kind in kinds.items():
+        for width, form in forms.items():
             for head_dim, head_dim_v in ((least, 1), (1, most)):
                 found = prefers_exact(
-                    "cuda.sm90", **batches, **kind, head_dim=head_dim, head_dim_v=head_dim_v
+                    "cuda.sm90", form, **batches, head_dim=head_dim, head_dim_v=head_dim_v
                 )
                 assert found == (width != most)
-    kinds[256]["is_ragged"] = True
-    assert prefers_exact("cuda.sm90", **batches, **kinds[256], head_dim=256, head_dim_v=1)
+    assert prefers_exact("cuda.sm90", "ragged", **batches, head_dim=256, head_dim_v=1)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +339,7 @@ def test_attention_in_parts_takes_the_row_that_has_parts(
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     recipe = accept(*fakes(), **semantics, config=None)
     assert recipe.name == "int8.token_block/bf16/smooth-k"
-    assert accept(*fakes(torch.float16), **semantics, config=None).pv == "fp16"
+    assert accept(*fakes(torch.float16), **semantics, config=None).recipe.pv == "fp16"
     with pytest.raises(NotImplementedError, match=r"^pv must be one of \['bf16', 'fp16'\] on cuda"):
         accept(*fakes(), **semantics, config=SageConfig(pv="e4m3_fp16"))
     gpu._lack.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,23 @@ from torch import Tensor
 from torch_sage.config import SageConfig, as_config
 from torch_sage.distributed import kernels
 from torch_sage.distributed.group import agree
+from torch_sage.ops import hadamard
 from torch_sage.ops.checks import FLOAT_DTYPES, largest_head_dim, names, shape_of_mask_problems
 from torch_sage.ops.dispatch import device_reasons, validate, why_not
 from torch_sage.recipes import Recipe, choose_row, resolve_in
+
+
+class Accepted(NamedTuple):
+    """How a call is computed."""
+
+    recipe: Recipe
+    rotation: str
+    """As in ``SageConfig``."""
+
+    @property
+    def name(self) -> str:
+        """Return what ranks must agree on, for people."""
+        return hadamard.named(self.recipe.name, self.rotation)
 
 
 def accept(
@@ -25,8 +40,8 @@ def accept(
     scale: float | None,
     enable_gqa: bool,
     config: SageConfig | str | None,
-) -> Recipe:
-    """Return the recipe to compute with.
+) -> Accepted:
+    """Return how to compute.
 
     Raises:
         ValueError: if the arguments contradict each other.
@@ -64,18 +79,19 @@ def accept(
         raise NotImplementedError(
             "; ".join(f"{r.message} ({r.code})" for r in dict.fromkeys(reasons))
         )
-    return resolve_in(choose_row(config, rows, query.dtype, head_dim), config, query.dtype)
+    recipe = resolve_in(choose_row(config, rows, query.dtype, head_dim), config, query.dtype)
+    return Accepted(recipe, config.rotation)
 
 
 def accept_on_every_rank(
-    check: Callable[[], Recipe],
+    check: Callable[[], Accepted],
     shapes: dict[str, torch.Size],
     options: str,
     ranks: dist.ProcessGroup,
     device: torch.device,
     check_ranks: bool,
-) -> Recipe:
-    """Return the recipe of ``check``; if it raises, or ranks differ, raise on every rank.
+) -> Accepted:
+    """Return the result of ``check``; if it raises, or ranks differ, raise on every rank.
 
     Args:
         check: what this rank asks of its arguments.
@@ -85,18 +101,19 @@ def accept_on_every_rank(
         device: see ``shapes``.
         check_ranks: whether to ask the other ranks.
     """
-    recipe: Recipe | None = None
+    accepted: Accepted | None = None
     refusal: Exception | None = None
     try:
-        recipe = check()
+        accepted = check()
     except (ValueError, NotImplementedError) as error:
         refusal = error
     if check_ranks and dist.get_world_size(ranks) > 1:
-        agree(refusal, shapes, f"{options}, recipe={recipe and recipe.name}", ranks, device)
+        recipe = accepted and accepted.name
+        agree(refusal, shapes, f"{options}, recipe={recipe}", ranks, device)
     if refusal is not None:
         raise refusal
-    assert recipe is not None
-    return recipe
+    assert accepted is not None
+    return accepted
 
 
 def require_mask(

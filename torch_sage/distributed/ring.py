@@ -13,7 +13,7 @@ from torch_sage.distributed.group import Group, as_process_group
 from torch_sage.distributed.kernels import quantize
 from torch_sage.distributed.merge import merge
 from torch_sage.distributed.order import Order, require_order, visible_part
-from torch_sage.recipes import Recipe
+from torch_sage.ops.hadamard import rotated
 from torch_sage.reference.attention import AttentionOutput
 
 
@@ -104,8 +104,8 @@ def _ring(
     ring = as_process_group(group)
     rank, size = dist.get_rank(ring), dist.get_world_size(ring)
 
-    def check() -> Recipe:
-        recipe = call.accept(
+    def check() -> call.Accepted:
+        accepted = call.accept(
             query,
             key,
             value,
@@ -117,11 +117,14 @@ def _ring(
         seen = (*query.shape[:3], size * key.shape[2])
         call.require_mask(attn_mask, seen, is_causal, query)
         require_order(order, "key", key.shape[2] if is_causal else 0)
-        return recipe
+        return accepted
 
     shapes = {"key": key.shape, "value": value.shape}
     options = f"is_causal={is_causal}, order={order}"
-    recipe = call.accept_on_every_rank(check, shapes, options, ring, query.device, check_ranks)
+    recipe, rotation = call.accept_on_every_rank(
+        check, shapes, options, ring, query.device, check_ranks
+    )
+    query, key, scale = rotated(rotation, query, key, scale)
     own = quantize(key, value, recipe)
     tokens = key.shape[2]
 

@@ -15,7 +15,7 @@ from torch_sage.distributed.group import Group, as_process_group
 from torch_sage.distributed.kernels import quantize
 from torch_sage.distributed.merge import merge
 from torch_sage.distributed.order import Part
-from torch_sage.recipes import Recipe
+from torch_sage.ops.hadamard import rotated
 from torch_sage.reference.attention import AttentionOutput
 
 
@@ -108,8 +108,8 @@ def _attend_heads(
     """Return the result for this rank's heads and all tokens, [B, Hq / W, W * N, Dv]."""
     rank, size = dist.get_rank(ranks), dist.get_world_size(ranks)
 
-    def check() -> Recipe:
-        recipe = call.accept(
+    def check() -> call.Accepted:
+        accepted = call.accept(
             query,
             key,
             value,
@@ -126,11 +126,14 @@ def _attend_heads(
                 )
         seen = (*query.shape[:2], size * query.shape[2], size * key.shape[2])
         call.require_mask(attn_mask, seen, is_causal, query)
-        return recipe
+        return accepted
 
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
     options = f"dtype={query.dtype}, is_causal={is_causal}"
-    recipe = call.accept_on_every_rank(check, shapes, options, ranks, query.device, check_ranks)
+    recipe, rotation = call.accept_on_every_rank(
+        check, shapes, options, ranks, query.device, check_ranks
+    )
+    query, key, scale = rotated(rotation, query, key, scale)
     own = quantize(key, value, recipe)
     heads_q, heads_kv = query.shape[1] // size, key.shape[1] // size
     by_rank = [own.of_heads(i * heads_kv, heads_kv) for i in range(size)]

@@ -60,10 +60,7 @@ def reasons_against_packed(
         sequences = max(hint(tensors[3].shape[0]) - 1, 1)
         if prefers_exact(
             choose_row(config, rows_of(query.device), query.dtype, largest_head_dim(query, value)),
-            is_causal=match.causal != "none",
-            has_mask=False,
-            is_ragged=False,
-            is_packed=True,
+            "packed" if match.causal == "none" else "packed causal",
             batch=sequences,
             heads_q=heads_q,
             seqlen_q=hint(query.shape[0]) // sequences,

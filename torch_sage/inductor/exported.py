@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from torch_sage.config import SageConfig, as_config
 from torch_sage.inductor import rewrite
-from torch_sage.inductor.graph_utils import aten, erase_assertions
+from torch_sage.inductor.graph_utils import aten, call_functions, erase_assertions
 from torch_sage.inductor.passes import publish
 from torch_sage.inductor.patterns import direct, fused, manual, varlen
 from torch_sage.inductor.records import META_KEY, AttentionRecord
@@ -120,11 +120,14 @@ def _rewrite(graph: Graph, config: SageConfig) -> list[AttentionRecord]:
     for node, outcome in direct.find(graph):
         rewrite.note(node, outcome)
     shared = rewrite.Shared(has_python=False)  # the program may be compiled for C++
+    theirs = set(graph.nodes)
     for pattern in (manual, fused):
         for found in pattern.find(graph):
             rewrite.apply(graph, found, config, shared)
     for packed in varlen.find(graph):
         rewrite.apply_packed(graph, packed, config)
+    for node in set(call_functions(graph, aten.view.default)) - theirs:
+        node.target = aten.reshape.default  # export has no guard on the strides of inputs
     return [record for node in graph.nodes for record in node.meta.pop(META_KEY, ())]
 
 

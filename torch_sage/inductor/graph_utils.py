@@ -89,18 +89,18 @@ def plan_graph(function: Callable[..., Any], *args: Any, decompositions: Any = N
         traced = make_fx(on_inputs, decomposition_table=decompositions or {})(
             *(val(a) for a in inputs)
         )
-    known: dict[Node, Any] = {}
-    feed = iter(inputs)
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            known[node] = next(feed)
-        elif node.op == "call_function":
-            new_args, new_kwargs = tree_map_only(Node, known.__getitem__, (node.args, node.kwargs))
-            known[node] = Planned(node.target, new_args, new_kwargs)
-        elif node.op == "output":
-            return tree_map_only(Node, known.__getitem__, node.args[0])
-        else:
-            raise AssertionError(f"traced graph must be functional, got {node.format_node()}")
+        known: dict[Node, Any] = {}
+        feed = iter(inputs)
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                known[node] = next(feed)
+            elif node.op == "call_function":
+                given = tree_map_only(Node, known.__getitem__, (node.args, node.kwargs))
+                known[node] = Planned(node.target, *given)
+            elif node.op == "output":
+                return tree_map_only(Node, known.__getitem__, node.args[0])
+            else:
+                raise AssertionError(f"traced graph must be functional, got {node.format_node()}")
     raise AssertionError("traced graph must have an output")
 
 

@@ -22,6 +22,7 @@ from torch_sage.inductor.eligibility import (
 )
 from torch_sage.inductor.graph_utils import (
     Planned,
+    Value,
     bound_arguments,
     erase_dead,
     has_strides,
@@ -43,6 +44,7 @@ from torch_sage.inductor.records import (
     module_name,
     source_line,
 )
+from torch_sage.ops import hadamard
 from torch_sage.ops.checks import largest_head_dim
 from torch_sage.ops.reasons import Reason
 from torch_sage.recipes import Recipe, choose_row, resolve_in
@@ -86,7 +88,7 @@ def apply(
     row = choose_row(config, rows_of(query.device), query.dtype, head_dim)
     recipe = resolve_in(row, config, query.dtype)
     whole = fused(found, config, row, recipe, shared.tables, shared.has_python)
-    op = _plain(found, recipe) if whole is None else whole.op
+    op = _plain(found, config.rotation, recipe) if whole is None else whole.op
     result = found.finish(op)
     anchor = found.anchor
     if result is None or not (
@@ -94,7 +96,8 @@ def apply(
     ):
         attach(anchor, _record(found, "", (OUTPUT_LAYOUT,)))
         return False
-    record = _record(found, recipe.name, (), "" if whole is None else whole.producers)
+    name = hadamard.named(recipe.name, config.rotation)
+    record = _record(found, name, (), "" if whole is None else whole.producers)
     for gone, stays in found.sizes.items():
         gone.replace_all_uses_with(stays)
         graph.erase_node(gone)
@@ -104,18 +107,34 @@ def apply(
     return True
 
 
-def _plain(found: Match, recipe: Recipe) -> Planned:
+def _plain(found: Match, rotation: str, recipe: Recipe) -> Planned:
+    query, key, scale = _rotated(rotation, found.query, found.key, found.scale)
     return plan(
         torch.ops.torch_sage.sdpa.default,
-        found.query,
-        found.key,
+        query,
+        key,
         found.value,
         found.attn_mask,
         found.causal,
-        found.scale,
+        scale,
         output_order=found.output_order,
         **recipe.op_kwargs(),
     )
+
+
+def _rotated(
+    rotation: str, query: Value, key: Value, scale: float | None
+) -> tuple[Value, Value, float | None]:
+    """Plan what ``hadamard.rotated`` computes."""
+    if rotation == "none":
+        return query, key, scale
+
+    def both(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return hadamard.rotated(rotation, q, k, scale)[:2]
+
+    head_dim = tensor(query).shape[-1]
+    planned = plan_graph(both, query, key, decompositions=select_decomp_table())
+    return *planned, hadamard.scale_of_rotated(head_dim, scale)
 
 
 def apply_packed(
@@ -135,16 +154,22 @@ def apply_packed(
         recipe, reasons = reasons_against_packed(found, config)
     result = None
     if recipe is not None:
+        query, key, *others = found.operands
+        query, key, scale = _rotated(config.rotation, query, key, found.scale)
         op = plan(
             torch.ops.torch_sage.varlen_sdpa.default,
-            *found.operands,
+            query,
+            key,
+            *others,
             found.causal,
-            found.scale,
+            scale,
             **recipe.op_kwargs(),
         )
         result = restride(op, tensor(anchor))
         reasons = () if result is not None else (OUTPUT_LAYOUT,)
-    name = recipe.name if recipe is not None and result is not None else ""
+    name = ""
+    if recipe is not None and result is not None:
+        name = hadamard.named(recipe.name, config.rotation)
     record = _describe("varlen", anchor, operands, found.causal, name, reasons)
     if result is None:
         attach(anchor, record)
@@ -197,11 +222,11 @@ def _target(anchor: Node) -> str:
     return str(anchor.target)
 
 
-def note(node: Node, outcome: Recipe | Reason) -> None:
-    """Attach the record of attention that the model itself decided on."""
+def note(node: Node, outcome: str | Reason) -> None:
+    """Attach the record of attention that the model itself decided on: a recipe's name, or why."""
     bound = bound_arguments(node)
     operands = {name: tensor(arg) for name, arg in bound.items() if is_tensor(arg)}
-    recipe, reasons = ("", (outcome,)) if isinstance(outcome, Reason) else (outcome.name, ())
+    recipe, reasons = ("", (outcome,)) if isinstance(outcome, Reason) else (outcome, ())
     attach(node, _describe("direct", node, operands, bound.get("causal", ""), recipe, reasons))
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from torch_sage import _extension
 from torch_sage.config import SageConfig, as_config
-from torch_sage.crossover import prefers_exact
+from torch_sage.crossover import Form, prefers_exact
 from torch_sage.devices import rows_of
-from torch_sage.ops import checks, gpu
+from torch_sage.ops import checks, gpu, hadamard
 from torch_sage.ops.checks import Size, known
 from torch_sage.ops.reasons import Reason, ReasonCode
 from torch_sage.ops.rules import wants_gradient
@@ -42,6 +42,7 @@ __all__ = [
     "device_reasons",
     "hint",
     "is_plain",
+    "rotation_reasons",
     "validate",
     "why_not",
 ]
@@ -93,6 +94,7 @@ def why_not(
         return (*reasons, *opaque)
     for problem in _problems(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa):
         reasons.append(Reason(ReasonCode.INVALID_INPUT, problem))
+    reasons += rotation_reasons(query, config)
     q, k, v = as_matrices(query, key, value)
     reasons += _limit_reasons(q, k, v, attn_mask)
     if (
@@ -325,6 +327,12 @@ def device_reasons(
     return reasons
 
 
+def rotation_reasons(query: Tensor, config: SageConfig) -> list[Reason]:
+    """Return why ``query`` and its keys cannot be rotated as ``config`` says."""
+    problems = hadamard.problems(config.rotation, query.shape[-1])
+    return [Reason(ReasonCode.RECIPE_UNSUPPORTED, problem) for problem in problems]
+
+
 def _gradient_reasons(**tensors: Tensor | None) -> list[Reason]:
     """Return which tensors want a gradient, which quantized attention does not have."""
     return [
@@ -371,12 +379,12 @@ def _exact_is_faster(
     row = choose_row(
         config, rows_of(query.device), query.dtype, checks.largest_head_dim(query, value)
     )
+    form: Form = "full" if causal == "none" else "causal"
+    if attn_mask is not None:
+        form = "ragged" if _is_ragged(attn_mask) else "masked"
     return prefers_exact(
         _CPU_KERNEL if row == "cpu" else row,
-        is_causal=causal != "none",
-        has_mask=attn_mask is not None,
-        is_ragged=attn_mask is not None and _is_ragged(attn_mask),
-        is_packed=False,
+        form,
         batch=batch,
         heads_q=heads_q,
         seqlen_q=seqlen_q,
@@ -387,7 +395,11 @@ def _exact_is_faster(
 
 
 def _is_ragged(mask: Tensor) -> bool:
-    """Return whether kernels cannot read the rows of a mask 16 bytes at a time."""
+    """Return whether kernels cannot read the rows of a mask 16 bytes at a time.
+
+    By hints of sizes, for speed alone. The library asks strides and the address of the mask that it
+    gets (``is_dense`` in ``csrc/cuda/ops.cpp``), since a wrong answer there reads other bytes.
+    """
     strides = [hint(s) for size, s in zip(mask.shape, mask.stride(), strict=True) if size != 1]
     return (
         strides[-1:] != [1]

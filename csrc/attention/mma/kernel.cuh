@@ -464,6 +464,8 @@ class Warp {
     for (int i = 0; i < C::kRowTiles; i++) {
       const int row = warp_ * C::kWarpRows + 16 * i + lane_ / 4;
       const Place place = place_of(row);
+      const bool is_vector = stores_vectors(p_);
+      const VectorStore vectors(p_, place, quad);
       float inverse[2];
       bool attends[2];
 #pragma unroll
@@ -481,11 +483,11 @@ class Warp {
         }
       }
 #pragma unroll
-      for (int j = 0; j < C::kWidth / 8; j += 4) {
+      for (int j = 0; j < C::kWidth / 8; j += 2) {
         if (8 * j >= p_.head_dim_v) break;
-        float x[2][4][2];
+        float x[2][2][2];  // [block][row][column]
 #pragma unroll
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < 2; k++)
 #pragma unroll
           for (int b = 0; b < 2; b++) {
             const int column = 8 * (j + k) + 2 * quad + b;
@@ -495,10 +497,21 @@ class Warp {
             for (int h = 0; h < 2; h++) {
               const float value = fmaf(output_[i][j + k][2 * h + b] * inverse[h], scale, rest);
               // Infinity becomes NaN, or it would be stored as the largest number.
-              x[h][k][b] = attends[h] ? fmaf(value, 0.f, value) : 0.f;
+              x[k][h][b] = attends[h] ? fmaf(value, 0.f, value) : 0.f;
             }
           }
-        store_columns(p_, place, j, quad, x);
+        if (is_vector) {
+          uint32_t pairs[2][2];
+#pragma unroll
+          for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              pairs[k][h] = pack_halves(p_.dtype, x[k][h][0], x[k][h][1]);
+          vectors.store(j, pairs[0], pairs[1]);
+        } else {
+#pragma unroll
+          for (int k = 0; k < 2; k++) store_elements(p_, place, j + k, quad, x[k]);
+        }
       }
     }
   }

@@ -6,7 +6,6 @@
 namespace torch_sage::sm90 {
 
 constexpr int kWarpgroup = 128;
-constexpr int kStages = 2;      // steps of K and V in flight
 constexpr int kQueryWarps = 3;  // of the producer warpgroup; its first warp fetches K and V
 constexpr int kQueryThreads = 32 * kQueryWarps;
 // P is 2^kOffset at the reference maximum, which a row may exceed by kLag (base 2) before it moves.
@@ -24,28 +23,32 @@ enum class Mode {
   kPart,    // the same, and the log of the sum that the output was divided by
   kExact,   // no mask; hardware exponentials, LSE if asked for
   kMasked,  // the same with any mask
+  kSplit,   // the same of a part of the keys for few rows, with any mask or none (parts.h)
 };
 
 // kWidth: head_dim, zero-padded.
 template <int kWidth_, Mode kMode>
 struct Config {
   static constexpr int kWidth = kWidth_;
-  static constexpr bool kHasMask = kMode == Mode::kMasked;
+  static constexpr bool kIsSplit = kMode == Mode::kSplit;
+  static constexpr bool kHasMask = kMode == Mode::kMasked || kIsSplit;  // or may have
   static constexpr bool kIsWide = kWidth > 128;
   static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Whether the LSE has a sum of its own, of probabilities that are exact.
-  static constexpr bool kSumsExactly = kMode == Mode::kExact || kMode == Mode::kMasked;
+  static constexpr bool kSumsExactly = kMode == Mode::kExact || kHasMask;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
   static constexpr int kExactColumns = kSumsExactly ? 4 : 1;
 
   // Warpgroups of 64 query rows. A mask, and half of the sums of 256 channels, take registers that
-  // three of them do not have.
-  static constexpr int kConsumers = kHasMask || kIsWide ? 2 : 3;
+  // three of them do not have. Few rows wait for memory: one, and more steps in flight.
+  static constexpr int kConsumers = kIsSplit ? 1 : kHasMask || kIsWide ? 2 : 3;
+  static constexpr int kStages = kIsSplit ? 4 : 2;  // steps of K and V in flight
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  // In all, the registers that a multiprocessor has.
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : 232;
+  // In all, the registers that a multiprocessor has; half of them for a single consumer, two of
+  // whose blocks may share one.
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kConsumers == 2 ? 232 : 216;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40;
 
   static constexpr int kKeys = kIsWide ? 64 : 128;  // of a step
@@ -58,7 +61,8 @@ struct Config {
   static constexpr int kBufferColumns = kIsWide ? 128 : kWidth;
   static constexpr int kSumRegisters = (kWidth - kBufferColumns) / 2;
   static constexpr int kBufferFloats = (kBufferColumns + 8) / 2;  // per thread, sums of P behind
-  static constexpr int kScaleSlots = 4;  // groups of V whose scales and shifts may be in use
+  // Groups of V whose scales and shifts may be in use: of every step in flight, and two more.
+  static constexpr int kScaleSlots = 2 * kStages;
 
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + 2 * kRows * kWidth;
@@ -68,16 +72,19 @@ struct Config {
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
   static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
   static constexpr int kWorkAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;
-  static constexpr int kBarrierAt = kWorkAt + 2 * kWorkBytes;
+  // Of the work in both slots, and of the next that waits for one.
+  static constexpr int kBarrierAt = kWorkAt + 3 * kWorkBytes;
   static constexpr int kBufferAt = (kBarrierAt + 8 * (4 * kStages + 6) + 127) / 128 * 128;
   static constexpr int kBufferBytes = kWarpgroup * kBufferFloats * 4;
   static constexpr int kSharedBytes = kBufferAt + kConsumers * kBufferBytes;
   static_assert(kSharedBytes <= 227 << 10);
+  static constexpr int kBlocks = kIsSplit && 2 * kSharedBytes <= 226 << 10 ? 2 : 1;  // that fit
 };
 
 // Barriers of a block, by shared address.
 template <class C>
 struct Barriers {
+  static constexpr int kStages = C::kStages;
   uint32_t base;
   __device__ uint32_t key_full(int stage) const { return base + 8 * stage; }
   __device__ uint32_t key_empty(int stage) const { return base + 8 * (kStages + stage); }

@@ -7,6 +7,7 @@
 #include "attention/sm90/config.cuh"
 #include "attention/sm90/mask_tile.cuh"
 #include "attention/sm90/ptx.cuh"
+#include "attention/sm90/result.cuh"
 #include "attention/sm90/wgmma.cuh"
 #include "attention/sm90/work.cuh"
 #include "attention/store.cuh"
@@ -48,7 +49,7 @@ class Consumer {
       max_[0] = max_[1] = -INFINITY;
       poison_ = 0;
       attend();
-      multiply_values(steps_ - 1);
+      multiply_values(length() - 1);
       finish_work(is_live);
     }
   }
@@ -61,14 +62,18 @@ class Consumer {
     float factor[2], old_max[2];
     fetch_mask(skip_);
     wgmma_wait<0>();
-    const int whole_from = C::kHasMask ? skip_ : min(steps_, whole_from_);
+    const int length = this->length(), whole_from = C::kHasMask ? skip_ : min(length, whole_from_);
     if (skip_ < whole_from) {
       exponentiate<true>(skip_, factor);
     } else {
       exponentiate<false>(skip_, factor);
     }
     release_keys(skip_);
-    pack();
+    if (skip_ < whole_from) {
+      pack<true>(skip_);
+    } else {
+      pack<false>(skip_);
+    }
     int n = skip_ + 1;
 #pragma unroll 1
     for (; n < whole_from; n++) {
@@ -78,20 +83,20 @@ class Consumer {
       } else if (moved) {
         rescale(factor);
       }
-      pack();
+      pack<true>(n);
     }
 #pragma unroll 1
-    while (n < steps_) {
+    while (n < length) {
 #pragma unroll 1
       while (true) {
         const bool moved = take_step<false>(n, factor, old_max);
         if (ends_group(n)) break;
         if (moved) rescale(factor);
-        pack();
-        if (++n == steps_) return;
+        pack<false>(n);
+        if (++n == length) return;
       }
       promote<true>(n, old_max);
-      pack();
+      pack<false>(n);
       n++;
     }
   }
@@ -119,7 +124,9 @@ class Consumer {
   }
 
   __device__ __forceinline__ void fetch_mask(int n) {
-    if constexpr (C::kHasMask) mask_.fetch(p_, first_key(n), quad_);
+    if constexpr (C::kHasMask) {
+      if (has_mask()) mask_.fetch(p_, first_key(n), quad_);
+    }
   }
 
   // Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
@@ -127,6 +134,15 @@ class Consumer {
     return from == to ? 1.f : exp2_approx((from - to) * kUnit);
   }
 
+  // Of one instantiation, the caller decides.
+  __device__ __forceinline__ bool has_mask() const {
+    return !C::kIsSplit || p_.mask_kind != MaskKind::kNone;
+  }
+
+  // Steps of this piece of work, which are the last of those up to steps_.
+  __device__ __forceinline__ int length() const {
+    return C::kIsSplit ? steps_ - first_step_ : steps_;
+  }
   __device__ __forceinline__ int first_key(int n) const { return (steps_ - 1 - n) * C::kKeys; }
   // Whether the step before n was the last of its value group.
   __device__ __forceinline__ bool ends_group(int n) const {
@@ -141,6 +157,7 @@ class Consumer {
     const Work work = works_[slot_];
     if (!__any_sync(~0u, work.steps > 0)) return false;
     steps_ = __shfl_sync(~0u, work.steps, 0);
+    if constexpr (C::kIsSplit) first_step_ = __shfl_sync(~0u, first_step<C>(p_, work.part), 0);
     last_ = work.keys - 1;
     diagonal_ = work.first_row + row_in_block_ + work.last_key_offset;
     const int place = slot_ * C::kRows + row_in_block_;
@@ -228,7 +245,7 @@ class Consumer {
     float top[2];
     if constexpr (C::kHasMask) {
       add_mask(first_key(n), scale, top);
-      if (n + 1 < steps_) fetch_mask(n + 1);
+      if (n + 1 < length()) fetch_mask(n + 1);
     } else {
       find_top<kHasHidden>(first_key(n), scale, top);
     }
@@ -265,8 +282,9 @@ class Consumer {
 
   // Of this thread's row, or of the other one, 8 below.
   __device__ __forceinline__ int last_key_of(int h) const { return min(last_, diagonal_ + 8 * h); }
+  // As a column of a step, counted from the first that this thread has.
   __device__ __forceinline__ int last_column(int h, int first_key) const {
-    return last_key_of(h) - first_key;
+    return last_key_of(h) - first_key - 2 * quad_;
   }
 
   // The maxima of this thread's scores, from the integers: all have one K scale.
@@ -277,13 +295,13 @@ class Consumer {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
-        int largest = kHiddenScore;
+        int even = kHiddenScore, odd = kHiddenScore;
 #pragma unroll
-        for (int j = 0; j < C::kKeys / 8; j++)
-#pragma unroll
-          for (int b = 0; b < 2; b++)
-            largest =
-                max(largest, 8 * j + 2 * quad_ + b <= last ? s_[4 * j + 2 * h + b] : kHiddenScore);
+        for (int j = 0; j < C::kKeys / 8; j++) {
+          if (8 * j <= last) even = max(even, s_[4 * j + 2 * h]);
+          if (8 * j + 1 <= last) odd = max(odd, s_[4 * j + 2 * h + 1]);
+        }
+        const int largest = max(even, odd);
         const bool sees = largest != kHiddenScore;
         top[h] = sees ? static_cast<float>(largest) * scale[h] : -INFINITY;
         if (sees && key_scale_ != key_scale_) poison_ |= 1 << h;
@@ -323,7 +341,8 @@ class Consumer {
           s_[i] = __float_as_int(is_exact(j) ? exp2_approx(fmaf(score, scale[h], exact[h]))
                                              : fmaf(score, slope[h], linear[h]));
         }
-    if constexpr (kHasHidden) {
+    // Others are hidden once they are codes (pack), which takes fewer instructions.
+    if constexpr (kHasHidden && C::kSumsExactly) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int last = last_column(h, first_key);
@@ -331,8 +350,7 @@ class Consumer {
         for (int j = 0; j < C::kKeys / 8; j++)
 #pragma unroll
           for (int b = 0; b < 2; b++)
-            if (8 * j + 2 * quad_ + b > last)
-              s_[4 * j + 2 * h + b] = __float_as_int(is_exact(j) ? 0.f : -INFINITY);
+            if (8 * j + b > last) s_[4 * j + 2 * h + b] = 0;
       }
     }
   }
@@ -346,7 +364,11 @@ class Consumer {
       is_poison[h] = scale[h] != scale[h];
       if (is_poison[h]) scale[h] = 0.f;
     }
-    mask_.add(p_, first_key, quad_, scale, s_);
+    if (has_mask()) {
+      mask_.add(p_, first_key, quad_, scale, s_);
+    } else {
+      hide_keys(first_key, scale);
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       top[h] = -INFINITY;
@@ -355,6 +377,22 @@ class Consumer {
 #pragma unroll
         for (int b = 0; b < 2; b++) top[h] = fmaxf(top[h], __int_as_float(s_[4 * j + 2 * h + b]));
       if (is_poison[h] && top[h] != -INFINITY) poison_ |= 1 << h;
+    }
+  }
+
+  // What add_mask does without one.
+  __device__ __forceinline__ void hide_keys(int first_key, const float (&scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int last = last_column(h, first_key);
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; j++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          int& number = s_[4 * j + 2 * h + b];
+          const float logit = __int2float_rn(number) * scale[h];
+          number = __float_as_int(8 * j + 2 * quad_ + b <= last ? logit : -INFINITY);
+        }
     }
   }
 
@@ -378,7 +416,18 @@ class Consumer {
     return (block >> 1 & 3) < C::kExactColumns;
   }
 
-  __device__ __forceinline__ void pack() {
+  // P of step n as codes.
+  template <bool kHasHidden>
+  __device__ __forceinline__ void pack(int n) {
+    // Codes of 16 columns stand in a register: bits that the visible ones take, counted on.
+    [[maybe_unused]] int visible_bits[2];
+    if constexpr (kHasHidden && !C::kSumsExactly) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int count = last_column(h, first_key(n)) + 1;
+        visible_bits[h] = (count >> 4) * 32 + (count & 8) * 2 + min(count & 7, 2) * 8;
+      }
+    }
 #pragma unroll
     for (int q = 0; q < C::kKeys / 16; q++)
 #pragma unroll
@@ -388,6 +437,8 @@ class Consumer {
         const float c = __int_as_float(s_[8 * q + 4 + 2 * h]),
                     d = __int_as_float(s_[8 * q + 5 + 2 * h]);
         p8_[2 * q + h] = is_exact(2 * q) ? pack_e4m3(a, b, c, d) : pack_u8(a, b, pack_u8(c, d, 0));
+        if constexpr (kHasHidden && !C::kSumsExactly)
+          p8_[2 * q + h] &= lowest_bits(visible_bits[h] - 32 * q);
       }
   }
 
@@ -505,10 +556,8 @@ class Consumer {
 
   // Asks for the first scores of the next piece of work, and writes out this one meanwhile.
   __device__ __forceinline__ void finish_work(bool& is_live) {
-    const unsigned last_stage = (count_ + steps_ - 1) % kStages;
-    const Work& work = works_[slot_];
-    const Place place(p_, work.batch, work.head, work.query_start + work.first_row + row_in_block_,
-                      work.query_start + work.rows);
+    const unsigned last_stage = (count_ + length() - 1) % kStages;
+    const Place place = place_of(works_[slot_]);
     __syncwarp();
     if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
     const float top[2] = {max_[0], max_[1]};
@@ -522,7 +571,7 @@ class Consumer {
         shift[h] = lse_shift_[h];
       }
     }
-    count_ += steps_;
+    count_ += length();
     is_live = begin();
     skip_keys(is_live);
     // Without a next piece of work this multiplies stale shared memory; nobody reads the result.
@@ -534,6 +583,12 @@ class Consumer {
     skip_values(is_live);
     hold_output();
     write(place, scales, top, poison, sum, shift);
+  }
+
+  __device__ __forceinline__ Place place_of(const Work& work) const {
+    const int row = work.first_row + row_in_block_;
+    if constexpr (C::kIsSplit) return part_place<C::kWidth>(p_, work, row);
+    return Place(p_, work.batch, work.head, work.query_start + row, work.query_start + work.rows);
   }
 
   __device__ __forceinline__ void write(const Place& place, const float* scales,
@@ -559,51 +614,87 @@ class Consumer {
       const float divisor = fmaf(h ? total.y : total.x, old[h], sum[h]);
       inverse[h] = __fdividef(1.f, divisor) + poison[h];
       if constexpr (C::kHasLse && !C::kSumsExactly) lse_sum[h] = divisor + poison[h];
+      if constexpr (C::kIsSplit) {  // merge_parts divides
+        inverse[h] = 1.f;
+        const float4 sums = {top[h], divisor + poison[h], lse_sum[h], lse_shift[h]};
+        if (quad_ == 0) store_part_sums(p_, place, h, sums);
+      }
     }
     const bool all_attend = __all_sync(~0u, attends[0] && attends[1]);
-    if constexpr (C::kHasLse) {
+    if constexpr (C::kHasLse && !C::kIsSplit) {
       if (p_.lse != nullptr && quad_ == 0) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          // What the biases of a row that has only the least would be as logits of base 2.
-          const float largest = fmaxf(top[h] * kUnit, -kLargestFloat);
-          const float lse =
-              (largest - kOffset + __log2f(lse_sum[h])) * 0.6931471805599453f + lse_shift[h];
+          const float lse = natural_lse(top[h] * kUnit, lse_sum[h], lse_shift[h]);
           store_lse(p_, place, h, attends[h] ? lse : -INFINITY);
         }
       }
     }
+    const Results results{scales, {sum[0], sum[1]}, {old[0], old[1]}, {inverse[0], inverse[1]}};
+    if (!C::kIsSplit && stores_vectors(p_) && all_attend) {
+      const VectorStore target(p_, place, quad_);
+      uint32_t low[2];
+      make_results(results, [&](int j, const float (&x)[2][2]) {
+        uint32_t pairs[2];
 #pragma unroll
-    for (int j0 = 0; j0 < C::kWidth / 8; j0 += 4) {
-      float x[2][4][2];
+        for (int h = 0; h < 2; h++) pairs[h] = pack_halves(p_.dtype, x[h][0], x[h][1]);
+        if (j % 2 == 1) target.store(j - 1, low, pairs);
+        low[0] = pairs[0];
+        low[1] = pairs[1];
+      });
+    } else {
+      make_results(results, [&](int j, float (&x)[2][2]) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const int j = j0 + k;
-        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-        const float2 shift = *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j);
-        float4 y = {shift.x * sum[0], shift.y * sum[0], shift.x * sum[1], shift.y * sum[1]};
-        if (buffer_is_used_) {
-          const float4 before = sums(j);
-          y = {fmaf(before.x, old[0], y.x), fmaf(before.y, old[0], y.y),
-               fmaf(before.z, old[1], y.z), fmaf(before.w, old[1], y.w)};
+        for (int i = 0; i < 4; i++) x[i / 2][i % 2] = attends[i / 2] ? x[i / 2][i % 2] : 0.f;
+        if constexpr (C::kIsSplit) {
+          store_part_columns<C::kWidth>(place, j, quad_, x);
+        } else {
+          store_elements(p_, place, j, quad_, x);
         }
-        x[0][k][0] = dequantize(4 * j, scale.x, y.x) * inverse[0];
-        x[0][k][1] = dequantize(4 * j + 1, scale.y, y.y) * inverse[0];
-        x[1][k][0] = dequantize(4 * j + 2, scale.x, y.z) * inverse[1];
-        x[1][k][1] = dequantize(4 * j + 3, scale.y, y.w) * inverse[1];
-      }
-      if (!all_attend) {
+      });
+    }
+  }
+
+  // What makes results of sums: of the last group its scales and sums of P, of those before it the
+  // factors of their sums, and the inverse of the sum of P over all.
+  struct Results {
+    const float* scales;
+    float sum[2], old[2], inverse[2];
+  };
+  struct Columns {
+    float2 scale, shift;
+    float4 before;  // sums of finished groups
+  };
+  __device__ __forceinline__ Columns load_columns(int j, const float* scales) const {
+    return {*reinterpret_cast<const float2*>(scales + 8 * j),
+            *reinterpret_cast<const float2*>(scales + C::kWidth + 8 * j),
+            buffer_is_used_ ? sums(j) : make_float4(0, 0, 0, 0)};
+  }
+
+  // Hands x[h][b] of every block of 8 columns to `store`, what the next one needs on its way.
+  template <typename Store>
+  __device__ __forceinline__ void make_results(const Results& r, Store store) const {
+    Columns next = load_columns(0, r.scales);
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-          x[i / 8][i / 2 % 4][i % 2] = attends[i / 8] ? x[i / 8][i / 2 % 4][i % 2] : 0.f;
-      }
-      store_columns(p_, place, j0, quad_, x);
+    for (int j = 0; j < C::kWidth / 8; j++) {
+      const auto [scale, shift, before] = next;
+      if (j + 1 < C::kWidth / 8) next = load_columns(j + 1, r.scales);
+      const float4 y = {fmaf(before.x, r.old[0], shift.x * r.sum[0]),
+                        fmaf(before.y, r.old[0], shift.y * r.sum[0]),
+                        fmaf(before.z, r.old[1], shift.x * r.sum[1]),
+                        fmaf(before.w, r.old[1], shift.y * r.sum[1])};
+      float x[2][2] = {{dequantize(4 * j, scale.x, y.x) * r.inverse[0],
+                        dequantize(4 * j + 1, scale.y, y.y) * r.inverse[0]},
+                       {dequantize(4 * j + 2, scale.x, y.z) * r.inverse[1],
+                        dequantize(4 * j + 3, scale.y, y.w) * r.inverse[1]}};
+      store(j, x);
       // Keeps the blocks apart: all at once need more registers than there are.
       asm volatile("" ::: "memory");
     }
   }
 
   using ValueProduct = Values<C::kOutputColumns>;
+  static constexpr int kStages = C::kStages;
   static constexpr int kScores = Scores<C::kKeys>::kRegisters;
   // Of maxima, in base-2 logits.
   static constexpr float kUnit = C::kHasMask ? kMaskedUnit : 1.f;
@@ -619,7 +710,7 @@ class Consumer {
   unsigned count_ = 0;        // steps of K and V before this piece of work
   unsigned group_count_ = 0;  // groups of V whose scales were taken
   unsigned work_count_ = 0;
-  int slot_, steps_, skip_, whole_from_;
+  int slot_, steps_, first_step_, skip_, whole_from_;
   int last_, diagonal_;  // the last key there is, and that a causal mask leaves this thread's row
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];

@@ -1,4 +1,4 @@
-// The attention kernel: persistent blocks of one producer and two or three consumer warpgroups.
+// The attention kernel: persistent blocks of one producer and one to three consumer warpgroups.
 //
 // INT8 Q K^T with both operands in shared memory; P, as E4M3, stays in the registers in which the
 // scores arrive; E4M3 P V accumulates in fp16, in which 1024 keys fit, and then moves to an fp32
@@ -12,9 +12,10 @@
 namespace torch_sage::sm90 {
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, C::kConsumers == 1 ? 2 : 1)
     attention_kernel(const __grid_constant__ AttentionParams p,
                      const __grid_constant__ Schedule s) {
+  constexpr int kStages = C::kStages;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   if (base % 1024 != 0) __trap();  // the swizzles count on it
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                                 C::kWidth * kKeyTile)[i % kOnesWords] = kOneCodes;
   fence_async_proxy();
   __syncthreads();
+  if constexpr (C::kIsSplit) let_next_kernel_start();  // which waits for this one's results
   if (threadIdx.x >= C::kConsumers * kWarpgroup) {
     give_registers<C::kProducerRegisters>();
     const int thread = threadIdx.x - C::kConsumers * kWarpgroup;
@@ -62,8 +64,8 @@ void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStrea
                             ? static_cast<int>(params.queries.units(C::kRows))
                             : (params.seqlen_q + C::kRows - 1) / C::kRows;
   schedule.heads = params.batch * params.heads_q;
-  schedule.total = schedule.row_blocks * schedule.heads;
-  schedule.section = params.section * (params.heads_q / params.heads_kv);
+  schedule.total = schedule.row_blocks * schedule.heads * (C::kIsSplit ? params.parts.count : 1);
+  schedule.section = C::kIsSplit ? 0 : params.section * (params.heads_q / params.heads_kv);
   const auto kernel = attention_kernel<C>;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes),
@@ -72,7 +74,8 @@ void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStrea
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = params.follows_prepare;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(schedule.total < multiprocessors ? schedule.total : multiprocessors);
+  const int resident = multiprocessors * C::kBlocks;
+  config.gridDim = dim3(schedule.total < resident ? schedule.total : resident);
   config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = stream;

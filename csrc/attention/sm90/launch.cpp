@@ -10,13 +10,18 @@ void launch_attention(const AttentionParams& params, int multiprocessors, cudaSt
                                        kExact[] = {launch_exact_64, launch_exact_128,
                                                    launch_exact_256},
                                        kMasked[] = {launch_masked_64, launch_masked_128,
-                                                    launch_masked_256};
-  const auto& launches = params.mask_kind != MaskKind::kNone ? kMasked
+                                                    launch_masked_256},
+                                       kSplit[] = {launch_split_64, launch_split_128,
+                                                   launch_split_256};
+  const bool is_split = params.parts.count > 0;
+  const auto& launches = is_split                              ? kSplit
+                         : params.mask_kind != MaskKind::kNone ? kMasked
                          : params.lse != nullptr && params.is_part && !params.exact_exponential
                              ? kPart
                          : params.lse != nullptr || params.exact_exponential ? kExact
                                                                              : kMixed;
   launches[params.kv.width / 128](params, multiprocessors, stream);
+  if (is_split) merge_parts(params, stream);
 }
 
 }  // namespace torch_sage::sm90

@@ -17,5 +17,11 @@ void launch_exact_256(const AttentionParams& params, int multiprocessors, cudaSt
 void launch_masked_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_masked_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_masked_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_split_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_split_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_split_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+
+// Behind launch_split.
+void merge_parts(const AttentionParams& params, cudaStream_t stream);
 
 }  // namespace torch_sage::sm90

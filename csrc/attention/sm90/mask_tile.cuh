@@ -6,14 +6,11 @@
 
 #include "attention/quad.cuh"
 #include "attention/sm90/params.h"
+#include "attention/sm90/result.cuh"
 #include "attention/sm90/work.cuh"
 #include "quantize/cuda/rules.cuh"
 
 namespace torch_sage::sm90 {
-
-// Logits with a mask are in units of 2 log2(e), in which no finite bias overflows: a row whose
-// biases all are the least number is one of equal logits, not hidden.
-constexpr float kMaskedUnit = 2.f;
 
 // Elements of a row that lie side by side are read 16 bytes at a time: 8 of 16 bits, which a quad
 // hands round so that each lane gets the two columns of its scores, or 16 bools, of which it keeps

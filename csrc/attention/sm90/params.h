@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention/sm90/parts.h"
 #include "common/params.h"
 #include "quantize/cuda/prepared.h"
 
@@ -36,6 +37,8 @@ struct AttentionParams {
   void* output;  // [b, h_q, n, head_dim_v], last dimension dense
   Rows output_rows;
   float* lse;  // [b, h_q, n] natural log; may be null
+  // If there are any, heads_q, seqlen_q, query_rows and mask are of rows that share their keys.
+  Parts parts;
 
   bool exact_exponential;
   bool is_part;  // lse, if any, is to merge parts: of the sum that the output was divided by

@@ -9,11 +9,11 @@
 
 namespace torch_sage::sm90 {
 
-// K and V of every piece of work, last keys first, through kStages buffers.
+// K and V of every piece of work, last keys first, through C::kStages buffers.
 template <class C>
 __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, uint32_t base,
                                                       Barriers<C> barriers, const Work* works) {
-  constexpr int kScaleBytes = C::kWidth * 4;
+  constexpr int kScaleBytes = C::kWidth * 4, kStages = C::kStages;
   wait_for_prepare(p);
   int count = 0, group_count = 0;
   for (int i = 0;; i++) {
@@ -28,7 +28,8 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const float* key_scales = p.kv.key_scales + tile * 2;
     const float* value_scales = p.kv.value_scales + first_group * C::kWidth;
     const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
-    for (int step = work.steps - 1; step >= 0; step--, count++) {
+    const int first = first_step<C>(p, work.part);
+    for (int step = work.steps - 1; step >= first; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       const bool starts_group =
           step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
@@ -179,19 +180,38 @@ __device__ __forceinline__ void fetch_queries(const AttentionParams& p, const Wo
   copy_to_shared(scales, p.prepared_query.scales + row, rows * 4, barrier);
 }
 
+// Asks for the query rows of a piece of work to be brought to L2. Called by one warp.
+template <class C>
+__device__ __forceinline__ void prefetch_query_rows(const AttentionParams& p, const Work& work) {
+  constexpr int kLineBytes = 128;
+  const int element = p.dtype == Dtype::kFloat32 ? 4 : 2;
+  const char* rows = static_cast<const char*>(p.query) +
+                     (work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
+                      (work.query_start + work.first_row) * p.query_rows.stride_n) *
+                         element;
+  const int64_t row_bytes = p.query_rows.stride_n * element;
+  const int valid_rows = min(C::kRows, work.rows - work.first_row);
+  for (int row = threadIdx.x % 32; row < valid_rows; row += 32)
+    for (int at = 0; at < p.head_dim * element; at += kLineBytes)
+      prefetch_to_l2(rows + row * row_bytes + at);
+}
+
 template <class C>
 __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const Schedule& s,
                                                  uint8_t* shared, Barriers<C> barriers, Work* works,
                                                  int thread) {
   for (int i = 0;; i++) {
     const int slot = i & 1;
-    barrier_wait(barriers.query_empty(slot), ((i >> 1) & 1) ^ 1);
+    // Found, and its rows asked for, while the slot is still in use.
     if (thread < 32) {
-      const Work work = next_work<C>(p, s, i);
-      if (thread == 0) {
-        works[slot] = work;
-        barrier_arrive(barriers.work_ready(slot));
-      }
+      const Work found = next_work<C>(p, s, i);
+      if (found.steps > 0 && p.prepared_query.codes == nullptr) prefetch_query_rows<C>(p, found);
+      if (thread == 0) works[2] = found;
+    }
+    barrier_wait(barriers.query_empty(slot), ((i >> 1) & 1) ^ 1);
+    if (thread == 0) {
+      works[slot] = works[2];
+      barrier_arrive(barriers.work_ready(slot));
     }
     named_barrier<7, kQueryThreads>();
     const Work work = works[slot];

@@ -103,6 +103,10 @@ __device__ __forceinline__ void wait_for_count(const int* count, int least) {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+__device__ __forceinline__ void prefetch_to_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -175,6 +179,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// A mask of so many bits; none if negative, all if more than 32.
+__device__ __forceinline__ uint32_t lowest_bits(int count) {
+  uint32_t mask;  // a shift by more than 32 bits is one by 32
+  asm("shr.u32 %0, %1, %2;" : "=r"(mask) : "r"(~0u), "r"(max(32 - count, 0)));
+  return mask;
 }
 // Two floats, truncated and saturated to bytes, and above them the lower half of `rest`. With both
 // inputs from cvt.rzi this is one F2IP; volatile keeps it behind the waits for wgmma.

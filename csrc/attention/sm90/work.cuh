@@ -17,7 +17,7 @@ struct Schedule {
 // is a batch entry, or one of those that are packed, all of which are batch entry 0.
 struct alignas(16) Work {
   // What the next piece begins with, in one load.
-  int steps;  // of C::kKeys keys, the last one first; 0: there is no more work
+  int steps;  // up to its last, of C::kKeys keys each; 0: there is no more work
   int first_row, keys, last_key_offset;  // in the sequence
   // What it ends with, in another.
   int batch, head;
@@ -25,6 +25,7 @@ struct alignas(16) Work {
   int rows;         // of the sequence
   int sequence;
   int first_block, first_group;  // of its keys, among those of a head
+  int part;                      // of the keys, where they are split
 };
 static_assert(sizeof(Work) == kWorkBytes);
 
@@ -37,6 +38,12 @@ template <class C>
 __device__ __forceinline__ int steps_until(const Work& work, int row) {
   const int last = last_key(work, row);
   return last < C::kKeys ? 1 : last / C::kKeys + 1;
+}
+
+// Of the steps of a piece of work, the one that is taken last.
+template <class C>
+__device__ __forceinline__ int first_step(const AttentionParams& p, int part) {
+  return C::kIsSplit ? part * p.parts.key_blocks * (kKeyBlock128 / C::kKeys) : 0;
 }
 
 // A unit beyond the sequence that it would belong to has a first_row outside it.
@@ -60,7 +67,12 @@ __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedu
   Work work{};
   if (index >= s.total) return work;
   int block, head;
-  if (s.section > 0) {
+  if constexpr (C::kIsSplit) {  // row blocks of the same keys side by side
+    const int part = index / s.row_blocks;
+    block = index - part * s.row_blocks;
+    head = part / p.parts.count;
+    work.part = part - head * p.parts.count;
+  } else if (s.section > 0) {
     const int per_section = s.section * s.row_blocks, section = index / per_section;
     const int rest = index - section * per_section;
     const int heads = min(s.section, s.heads - section * s.section);
@@ -84,6 +96,7 @@ __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedu
     if (work.first_row < 0 || work.first_row >= work.rows || work.keys == 0) return work;
   }
   work.steps = steps_until<C>(work, min(work.first_row + C::kRows, work.rows) - 1);
+  if constexpr (C::kIsSplit) work.steps = min(work.steps, first_step<C>(p, work.part + 1));
   return work;
 }
 

@@ -44,6 +44,8 @@ def fused(
     is_measured = config.producers == "measured"
     if config.producers == "never" or (is_measured and not FUSED[row]):
         return None
+    if config.rotation != "none":
+        return None  # H comes between the rotary embedding and the codes
     rotations = [recognized(operand) for operand in (found.query, found.key)]
     of_query, of_key = rotations
     if of_query is None or of_key is None or of_query.pairing != of_key.pairing:
