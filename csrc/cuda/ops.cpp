@@ -23,8 +23,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kMaxWidth = 256;
-// Keys and values of this size stay in L2 while all their query rows are worked on.
-constexpr int64_t kSectionBytes = 24 << 20;
 constexpr Names<bool, 2> kExact = {{{"exact", true}, {"mixed", false}}};
 
 // Channels of the codes of K and V: one instantiation of the kernels each.
@@ -59,13 +57,6 @@ struct KeysAndValues {
   std::array<int64_t, 2> value_scales() const { return {view.groups, view.width}; }
 };
 
-// Heads of keys whose queries attention is handed longest first, before it comes to the next ones.
-int section_of(const KeysAndValues& kv, Causal causal) {
-  if (causal == Causal::kNone) return 0;  // all are as long: head by head
-  const int64_t head_bytes = kv.view.tiles * kKeyTile * kv.view.width * 2;
-  return static_cast<int>(std::max<int64_t>(kSectionBytes / head_bytes, 1));
-}
-
 // What a query and key lack of RMSNorm and rotary embeddings, if anything: prepare then makes codes
 // of the query, too.
 struct Unrotated {
@@ -96,14 +87,9 @@ HopperRecipe read_recipe(const Text& qk, const Text& granularity, const Text& sm
 
 int64_t count(const std::array<int64_t, 2>& sizes) { return sizes[0] * sizes[1]; }
 
-// Which multiprocessors prepare, and what in which order.
-struct PrepareOrder {
-  int multiprocessors, section;
-};
-
 void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
              const KeysAndValues& kv, const Unrotated& unrotated, const PackedOutput& output,
-             int* work_counter, const PrepareOrder& order, cudaStream_t stream) {
+             int* work_counter, cudaStream_t stream) {
   if (key.batch == 0 || key.heads == 0 || key.rows == 0) return;
   const FloatOperand k = vectorized(key), v = vectorized(value);
   PrepareParams params{};
@@ -128,8 +114,6 @@ void prepare(const FloatOperand& key, const FloatOperand& value, Smooth smooth,
   params.kv = kv.view;
   params.packed_output = output;
   params.work_counter = work_counter;
-  params.multiprocessors = order.multiprocessors;
-  params.section = order.section;
   launch_prepare_kv(params, stream);
 }
 
@@ -244,7 +228,6 @@ void attend(const FloatOperand& query, const PreparedQuery& prepared_query, cons
   params.lse = lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr;
   params.exact_exponential = launch.is_exact;
   params.is_part = launch.is_part;
-  params.section = section_of(kv, request.causal);
   params.work_counter = launch.work_counter;
   params.follows_prepare = launch.follows_prepare;
   std::optional<Tensor> packed, parts, counter;
@@ -274,9 +257,6 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   const cudaStream_t stream = current_stream(device);
   KeysAndValues kv(k.heads, k.rows, k.columns, v.columns, keys);
   const bool is_packed = keys.starts != nullptr;
-  const bool rotates = unrotated.key.pairing != Pairing::kNone;
-  // Attention reads what prepare has written while prepare goes on.
-  const bool overlaps = !is_packed && !rotates;
   // One allocation for all that only the two kernels share.
   const int64_t per_batch = k.batch * k.heads;
   const int64_t means = is_packed ? keys.count * k.heads : per_batch;
@@ -285,14 +265,14 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   const int64_t key_scales = aligned(per_batch * count(kv.key_scales()) * 4);
   const int64_t key_mean = aligned(means * k.columns * 4);
   const int64_t value_scales = aligned(per_batch * count(kv.value_scales()) * 4);
-  const int64_t ready = overlaps ? aligned(per_batch * kv.view.groups * 4) : 0;
   PreparedQuery prepared{};
+  const bool rotates = unrotated.key.pairing != Pairing::kNone;
   if (rotates) prepared.rows = (q.rows + kQueryBlock - 1) / kQueryBlock * kQueryBlock;
   const int64_t query_codes = aligned(q.batch * q.heads * prepared.rows * kv.view.width);
   const int64_t query_scales = aligned(q.batch * q.heads * prepared.rows * 4);
-  const Tensor workspace = new_tensor({2 * codes + key_scales + key_mean + 2 * value_scales +
-                                       ready + query_codes + query_scales + 256},
-                                      ScalarType::Byte, q.tensor.device());
+  const Tensor workspace = new_tensor(
+      {2 * codes + key_scales + key_mean + 2 * value_scales + query_codes + query_scales + 256},
+      ScalarType::Byte, q.tensor.device());
   auto* at = static_cast<std::byte*>(workspace.mutable_data_ptr());
   const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
   kv.view.key_codes = reinterpret_cast<int8_t*>(take(codes));
@@ -301,12 +281,9 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   kv.view.key_mean = reinterpret_cast<float*>(take(key_mean));
   kv.view.value_scales = reinterpret_cast<float*>(take(value_scales));
   kv.view.value_shift = reinterpret_cast<float*>(take(value_scales));
-  if (overlaps) kv.view.ready = reinterpret_cast<int*>(take(ready));
-  // Zeroed by the pre-pass, counted up by the attention kernel, whose blocks start one after
-  // another where they overlap.
-  int* work_counter = overlaps || is_packed || request.causal != Causal::kNone
-                          ? reinterpret_cast<int*>(take(256))
-                          : nullptr;
+  // Zeroed by the pre-pass, counted up by the attention kernel.
+  int* work_counter =
+      request.causal == Causal::kNone && !is_packed ? nullptr : reinterpret_cast<int*>(take(256));
   const FloatOperand readable = rotates ? vectorized(q) : q;  // may be a copy: kept to the end
   if (rotates) {
     prepared.codes = reinterpret_cast<int8_t*>(take(query_codes));
@@ -323,11 +300,7 @@ void run(const Operands& operands, const Packed& queries, const Packed& keys, Un
   const PackedOutput packed_output{queries, static_cast<int>(q.heads),
                                    static_cast<int>(q.heads * v.columns), output.mutable_data_ptr(),
                                    lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr};
-  const int all = multiprocessors(device), heads = static_cast<int>(per_batch);
-  const PrepareOrder order =
-      overlaps ? PrepareOrder{all * 2 / 3, std::max(section_of(kv, request.causal), 1)}
-               : PrepareOrder{all, heads};
-  prepare(k, v, recipe.smooth, kv, unrotated, packed_output, work_counter, order, stream);
+  prepare(k, v, recipe.smooth, kv, unrotated, packed_output, work_counter, stream);
   attend(q, prepared, queries, kv, request, target,
          {recipe.is_exact, false, work_counter, true, device, stream});
 }
@@ -504,8 +477,7 @@ Prepared prepare_kv(const Tensor& key, const Tensor& value, const Text& smooth) 
     Tensor mean = std::get<2>(tensors);
     torch::stable::zero_(mean);
   }
-  const PrepareOrder order{multiprocessors(device), static_cast<int>(k.batch * k.heads)};
-  prepare(k, v, smoothing, kv, {}, {}, nullptr, order, current_stream(device));
+  prepare(k, v, smoothing, kv, {}, {}, nullptr, current_stream(device));
   return tensors;
 }
 

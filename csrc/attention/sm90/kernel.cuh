@@ -65,7 +65,13 @@ void launch_kernel(const AttentionParams& params, int multiprocessors, cudaStrea
                             : (params.seqlen_q + C::kRows - 1) / C::kRows;
   schedule.heads = params.batch * params.heads_q;
   schedule.total = schedule.row_blocks * schedule.heads * (C::kIsSplit ? params.parts.count : 1);
-  schedule.section = C::kIsSplit ? 0 : params.section * (params.heads_q / params.heads_kv);
+  schedule.section = 0;
+  if (!C::kIsSplit && params.causal != Causal::kNone) {
+    const int64_t head_bytes = params.kv.tiles * kKeyTile * C::kWidth * 2;
+    const int64_t kv_heads = kSectionBytes / head_bytes;
+    schedule.section =
+        static_cast<int>(kv_heads < 1 ? 1 : kv_heads) * (params.heads_q / params.heads_kv);
+  }
   const auto kernel = attention_kernel<C>;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes),

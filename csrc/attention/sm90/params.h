@@ -42,7 +42,6 @@ struct AttentionParams {
 
   bool exact_exponential;
   bool is_part;  // lse, if any, is to merge parts: of the sum that the output was divided by
-  int section;   // heads of keys at a time whose queries are handed out longest first; 0: by heads
   // Zero when the kernel runs; null: every block takes a fixed share, which packed sequences
   // forbid.
   int* work_counter;

@@ -14,12 +14,12 @@ template <class C>
 __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, uint32_t base,
                                                       Barriers<C> barriers, const Work* works) {
   constexpr int kScaleBytes = C::kWidth * 4, kStages = C::kStages;
-  wait_for_prepare(p);
+  if (p.follows_prepare) wait_for_previous_kernel();
   int count = 0, group_count = 0;
   for (int i = 0;; i++) {
     barrier_wait(barriers.work_ready(i & 1), (i >> 1) & 1);
     const Work work = works[i & 1];
-    if (work.steps == 0) break;
+    if (work.steps == 0) return;
     const int64_t head = key_head(p, work.batch, work.head);
     const int64_t tile = head * p.kv.tiles + 2 * work.first_block;
     const int64_t first_group = head * p.kv.groups + work.first_group;
@@ -31,9 +31,6 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const int first = first_step<C>(p, work.part);
     for (int step = work.steps - 1; step >= first; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
-      const bool starts_group =
-          step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
-      if (starts_group) wait_for_group(p, first_group + step / C::kStepsPerGroup);
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
       barrier_expect(barriers.key_full(stage), C::kKeyBytes + 16);
       copy_to_shared(base + C::kKeyAt + stage * C::kKeyBytes,
@@ -41,6 +38,8 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
                      barriers.key_full(stage));
       copy_to_shared(base + C::kKeyScaleAt + stage * 16,
                      key_scales + step * C::kKeys / kKeyBlock128 * 4, 16, barriers.key_full(stage));
+      const bool starts_group =
+          step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
       barrier_expect(barriers.value_full(stage),
                      C::kKeys * C::kWidth + (starts_group ? 2 * kScaleBytes : 0));
@@ -64,18 +63,16 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
       }
     }
   }
-  // What follows this kernel counts on prepare_kv, too, having ended.
-  if (p.kv.ready != nullptr) wait_for_previous_kernel();
 }
 
 // Adds the product of eight elements of a row with the mean of K, which the scores lack.
-template <bool kIsWide>
+template <Dtype kDtype>
 __device__ __forceinline__ float add_key_mean(const AttentionParams& p, const float* mean,
-                                              const Eight<kIsWide>& x, int first_column,
-                                              float sum) {
+                                              const Eight<kDtype == Dtype::kFloat32>& x,
+                                              int first_column, float sum) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float2 pair = x.pair(i, p.dtype);
+    const float2 pair = x.pair(i, kDtype);
     const int column = first_column + 2 * i;
     if (column < p.key_mean_columns) sum = fmaf(pair.x, mean[column], sum);
     if (column + 1 < p.key_mean_columns) sum = fmaf(pair.y, mean[column + 1], sum);
@@ -83,12 +80,35 @@ __device__ __forceinline__ float add_key_mean(const AttentionParams& p, const fl
   return sum;
 }
 
+// Largest magnitudes as integers, in which NaN is the largest: of 16 bits, one in either half.
+template <Dtype kDtype>
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+  return kDtype == Dtype::kFloat32 ? max(a, b) : __vmaxu2(a, b);
+}
+template <Dtype kDtype>
+__device__ __forceinline__ uint32_t largest_magnitudes(const Eight<kDtype == Dtype::kFloat32>& x,
+                                                       uint32_t so_far) {
+  constexpr uint32_t kMagnitude = kDtype == Dtype::kFloat32 ? 0x7fffffffu : 0x7fff7fffu;
+#pragma unroll
+  for (const uint32_t word : x.words)
+    so_far = larger_magnitudes<kDtype>(so_far, word & kMagnitude);
+  return so_far;
+}
+template <Dtype kDtype>
+__device__ __forceinline__ float magnitude(uint32_t largest) {
+  if constexpr (kDtype == Dtype::kFloat32) return __uint_as_float(largest);
+  const uint32_t larger = max(largest << 16, largest & 0xffff0000u);
+  return kDtype == Dtype::kBFloat16 ? __uint_as_float(larger)
+                                    : __half2float(__ushort_as_half(larger >> 16));
+}
+
 // Quantizes the query rows of one piece of work per row: codes to shared memory as wgmma's swizzle
 // wants them, scales times |softmax scale| * log2(e); a negative softmax scale is in the codes.
-template <class C, bool kIsWide>
+template <class C, Dtype kDtype>
 __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, const Work& work,
                                                     uint8_t* codes, float* scales, float* shifts,
                                                     int thread) {
+  constexpr bool kIsWide = kDtype == Dtype::kFloat32;
   constexpr int kBytes = kIsWide ? 4 : 2;
   constexpr int kChunks = C::kIsWide ? 1 : 2;      // of 8 columns, per thread
   constexpr int kLanes = C::kWidth / 8 / kChunks;  // threads of a row
@@ -133,13 +153,11 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     }
     uint32_t largest = 0;
 #pragma unroll
-    for (int c = 0; c < kChunks; c++) largest = chunk_of(row, c).largest(largest);
+    for (int c = 0; c < kChunks; c++) largest = largest_magnitudes<kDtype>(chunk_of(row, c), largest);
 #pragma unroll
     for (int step = 1; step < kLanes; step *= 2)
-      largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-    const float amax = p.dtype == Dtype::kFloat16 ? __half2float(__ushort_as_half(largest >> 16))
-                                                  : __uint_as_float(largest);
-    const ScaleAndInverse scale = scale_and_inverse_127(amax);
+      largest = larger_magnitudes<kDtype>(largest, __shfl_xor_sync(~0u, largest, step));
+    const ScaleAndInverse scale = scale_and_inverse_127(magnitude<kDtype>(largest));
     const float factor = p.scale < 0 ? -scale.inverse : scale.inverse;
     if (part == 0) scales[row] = __fmul_rn(scale.scale, fabsf(p.scale) * kLog2E);
     float dot = 0;
@@ -147,12 +165,12 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
     for (int c = 0; c < kChunks; c++) {
       const Eight<kIsWide>& eight = chunk_of(row, c);
       if constexpr (C::kHasLse) {
-        if (p.lse != nullptr) dot = add_key_mean(p, mean, eight, (c * kLanes + part) * 8, dot);
+        if (p.lse != nullptr) dot = add_key_mean<kDtype>(p, mean, eight, (c * kLanes + part) * 8, dot);
       }
       uint32_t packed[2];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const float2 low = eight.pair(2 * i, p.dtype), high = eight.pair(2 * i + 1, p.dtype);
+        const float2 low = eight.pair(2 * i, kDtype), high = eight.pair(2 * i + 1, kDtype);
         packed[i] = pack_s8(__fmul_rn(low.x, factor), __fmul_rn(low.y, factor),
                             pack_s8(__fmul_rn(high.x, factor), __fmul_rn(high.y, factor), 0));
       }
@@ -231,21 +249,25 @@ __device__ __forceinline__ void quantize_queries(const AttentionParams& p, const
       }
       continue;
     }
-    if constexpr (C::kHasLse) {  // reads the mean of K, which the first group comes with
-      if (i == 0) wait_for_prepare(p);
-      if (p.lse != nullptr)
-        wait_for_group(p, key_head(p, work.sequence, work.head) * p.kv.groups + work.first_group);
+    if constexpr (C::kHasLse) {  // reads the mean of K
+      if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
     }
     uint8_t* codes = shared + C::kQueryAt + slot * C::kRows * C::kWidth;
     float* scales = reinterpret_cast<float*>(shared + C::kQueryScaleAt) + slot * C::kRows;
     float* shifts = reinterpret_cast<float*>(shared + C::kQueryShiftAt) + slot * C::kRows;
-    if (p.dtype == Dtype::kFloat32) {
-      quantize_query_rows<C, true>(p, work, codes, scales, shifts, thread);
-    } else {
-      quantize_query_rows<C, false>(p, work, codes, scales, shifts, thread);
+    switch (p.dtype) {
+      case Dtype::kFloat32:
+        quantize_query_rows<C, Dtype::kFloat32>(p, work, codes, scales, shifts, thread);
+        break;
+      case Dtype::kBFloat16:
+        quantize_query_rows<C, Dtype::kBFloat16>(p, work, codes, scales, shifts, thread);
+        break;
+      case Dtype::kFloat16:
+        quantize_query_rows<C, Dtype::kFloat16>(p, work, codes, scales, shifts, thread);
+        break;
     }
     // The next piece of work is counted by what prepare_kv has zeroed.
-    if (i == 0) wait_for_prepare(p);
+    if (i == 0 && p.follows_prepare) wait_for_previous_kernel();
     fence_async_proxy();
     barrier_arrive(barriers.query_full(slot));
   }

@@ -86,23 +86,6 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Counts up when what the block has written may be read by the copy engine of others; behind a
-// barrier of the block.
-__device__ __forceinline__ void count_up(int* count) {
-  asm volatile(
-      "fence.acq_rel.gpu;\n"
-      "red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count)
-      : "memory");
-}
-// Waits for that; the copy engine of this thread may read it then.
-__device__ __forceinline__ void wait_for_count(const int* count, int least) {
-  int found;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
-  } while (found < least);
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
-
 __device__ __forceinline__ void prefetch_to_l2(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }

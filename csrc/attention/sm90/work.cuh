@@ -7,6 +7,9 @@
 
 namespace torch_sage::sm90 {
 
+// Keys and values of this size stay in L2 while all their query rows are worked on.
+constexpr int64_t kSectionBytes = 24 << 20;
+
 struct Schedule {
   // Of packed sequences the row blocks are units of all of them (common/packed.h).
   int row_blocks, heads, total;
@@ -100,15 +103,6 @@ __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedu
   return work;
 }
 
-// Where all of prepare_kv is waited for, not one group of keys after another.
-__device__ __forceinline__ void wait_for_prepare(const AttentionParams& p) {
-  if (p.follows_prepare && p.kv.ready == nullptr) wait_for_previous_kernel();
-}
-// For the 1024 keys with that number among those of all heads.
-__device__ __forceinline__ void wait_for_group(const AttentionParams& p, int64_t group) {
-  if (p.kv.ready != nullptr) wait_for_count(p.kv.ready + group, blocks_of_group(p.kv.width));
-}
-
 // The next piece of work for a block that has had `count`. Called by one warp.
 template <class C>
 __device__ __forceinline__ Work next_work(const AttentionParams& p, const Schedule& s, int count) {
@@ -116,7 +110,7 @@ __device__ __forceinline__ Work next_work(const AttentionParams& p, const Schedu
   for (bool is_first = count == 0;; is_first = false) {
     if (!is_first && p.work_counter != nullptr) {
       // Which prepare_kv has zeroed.
-      if (count == 0) wait_for_prepare(p);
+      if (count == 0 && p.follows_prepare) wait_for_previous_kernel();
       if (threadIdx.x % 32 == 0) index = gridDim.x + atomicAdd(p.work_counter, 1);
       index = __shfl_sync(~0u, index, 0);
     }

@@ -246,7 +246,6 @@ template <int kWidth, typename Element>
 struct Share {
   static constexpr int kTokens = kThreads * 64 / kWidth;
   static constexpr int kBlocks = kValueGroup / kTokens;  // that share a group
-  static_assert(kBlocks == blocks_of_group(kWidth));
   static constexpr int kScaleBlocks = kTokens / kKeyBlock128;
 
   // K: kLanes threads have a row, and a thread 8 channels of every kRowsAtOnce-th row.
@@ -309,16 +308,14 @@ struct Shared {
 // Of a batch.
 template <int kBlocks>
 __device__ __forceinline__ Group group_of_batch(const PrepareParams& p, int index, int rank) {
-  const int groups = static_cast<int>(p.kv.groups), section = index / (p.section * groups);
-  const int first_head = section * p.section, rest = index - first_head * groups;
-  const int heads = min(p.section, p.batch * p.heads - first_head);
-  const int head = first_head + rest % heads;
+  // Of all heads the same tokens first, which share the tables and may lie side by side.
+  const int heads = p.batch * p.heads, head = index % heads;
   Group group{};
   group.batch = head / p.heads;
   group.head = head % p.heads;
   group.mean = head;
   group.seqlen = p.kv.seqlen;
-  group.number = groups - 1 - rest / heads;
+  group.number = index / heads;
   group.count = min(kValueGroup, group.seqlen - group.number * kValueGroup);
   group.first_tile = head * p.kv.tiles;
   group.first_group = head * p.kv.groups;
@@ -378,40 +375,51 @@ class Preparer {
       locate(group);
       if (lane() == 0) shared_.groups[i % 4] = group;
     };
-    find_group(0);
-    find_group(1);
     if (thread_ == 0) {
       sm90::barrier_init(shared_address(&shared_.has_extremes), 1);
       sm90::barrier_init(shared_address(&shared_.has_codes), 1);
       sm90::fence_barriers();
     }
-    __syncthreads();
-    fetch_keys(shared_.groups[0]);
-    fetch_values(shared_.groups[0]);
-    commit_copies();
     // Another block's shared memory may be written to once that block runs.
     sm90::cluster_arrive<true>();
+    find_group(0);
+    __syncthreads();
+    fetch_values(shared_.groups[0]);
+    commit_copies();
+    fetch_keys(shared_.groups[0]);
+    commit_copies();
+    find_group(1);
+    __syncthreads();
     int i = 0;
     for (; index + i * stride < count; i++) {
       const Group &group = shared_.groups[i % 4], &next = shared_.groups[(i + 1) % 4];
       forget();
       find_group(i + 2);
-      wait_for_copies<0>();
       if constexpr (S::kLoadsValuesLate) {
+        wait_for_copies<0>();
         prepare_keys(group, next);
         load_values(group);
         fetch_keys(next);
       } else {
+        wait_for_copies<1>();  // for V; K was asked for behind it
         take_values();
         fetch_values(next);
       }
+      commit_copies();
       const float4 own = extremes(group);
       sm90::cluster_wait();  // for those who have yet to read what they were told last
       if (i > 0) finish(shared_.groups[(i - 1) % 4]);
       tell(group, own);
-      if constexpr (!S::kLoadsValuesLate) prepare_keys(group, next);
-      commit_copies();
-      write_values(group);
+      if constexpr (!S::kLoadsValuesLate) {
+        wait_for_copies<1>();
+        prepare_keys(group, next);
+        commit_copies();
+      }
+      if (group.is_active()) {
+        write_values(group);
+      } else {
+        __syncthreads();  // others see which group the first warp found; elsewhere they have met
+      }
       sm90::cluster_arrive<false>();
     }
     sm90::cluster_wait();
@@ -724,7 +732,6 @@ class Preparer {
 
   // Scales and codes of V, whose sums the first block is told.
   __device__ __forceinline__ void write_values(const Group& group) {
-    if (!group.is_active()) return;
     forget();
     sm90::barrier_wait(shared_address(&shared_.has_extremes), extremes_phase_);
     extremes_phase_ ^= 1;
@@ -790,15 +797,10 @@ class Preparer {
   }
   // What is only known when all blocks have written their codes.
   __device__ __forceinline__ void finish(const Group& group) {
-    if (!group.is_active()) return;
-    if (group.rank == 0) {
-      sm90::barrier_wait(shared_address(&shared_.has_codes), codes_phase_);
-      codes_phase_ ^= 1;
-      if (thread_ < kWidth) find_shift(group);
-    }
-    if (p_.kv.ready == nullptr) return;
-    __syncthreads();  // all of the block have written all of the group
-    if (thread_ == 0) sm90::count_up(p_.kv.ready + group.first_group + group.number);
+    if (!group.is_active() || group.rank != 0) return;
+    sm90::barrier_wait(shared_address(&shared_.has_codes), codes_phase_);
+    codes_phase_ ^= 1;
+    if (thread_ < kWidth) find_shift(group);
   }
   // Of the thread's channel.
   __device__ __forceinline__ void find_shift(const Group& group) {
@@ -824,22 +826,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     prepare_kv_kernel(const __grid_constant__ PrepareParams p, int key_blocks, int groups) {
   using Worker = Preparer<kWidth, Element, kPairing>;
   extern __shared__ __align__(16) uint8_t memory[];
-  if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
-  if constexpr (kPairing == Pairing::kNone && !kIsPacked) {
-    if (p.kv.ready != nullptr) {
-      // The cluster's own, none of which it counts up before this block has begun to work.
-      const cg::cluster_group cluster = cg::this_cluster();
-      const int size = cluster.num_blocks(), stride = key_blocks / size;
-      for (int i = blockIdx.x / size + threadIdx.x * stride; i < groups; i += kThreads * stride) {
-        const Group group = group_of_batch<Worker::S::kBlocks>(p, i, cluster.block_rank());
-        if (group.rank == 0) p.kv.ready[group.first_group + group.number] = 0;
-      }
-      // The next kernel looks at them, and counts, as soon as all blocks let it start.
-      __threadfence();
-      __syncthreads();
-    }
-  }
   sm90::let_next_kernel_start();
+  if (p.work_counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;
   if (blockIdx.x >= key_blocks) {  // whole clusters
     const int rest = blockIdx.x - key_blocks;
     if constexpr (kPairing != Pairing::kNone) prepare_query<kPairing, kWidth, Element>(p, rest);
@@ -896,9 +884,8 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
                                   sizeof(Shared<S, kWidth>)),
              "cudaFuncSetAttribute");
   const int64_t groups = p.kv.groups * p.batch * p.heads;
-  const int resident = resident_clusters(reinterpret_cast<const void*>(kernel), config, size);
-  const int64_t clusters =
-      std::min({groups, int64_t{resident}, std::max<int64_t>(p.multiprocessors / size, 1)});
+  const int64_t clusters = std::min<int64_t>(
+      groups, resident_clusters(reinterpret_cast<const void*>(kernel), config, size));
   const auto whole_clusters = [&](int64_t blocks) { return (blocks + size - 1) / size * size; };
   const int64_t key_blocks = clusters * size;
   int64_t grid = key_blocks;

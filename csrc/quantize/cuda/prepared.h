@@ -16,9 +16,6 @@ constexpr int kKeyBlock128 = 128;  // keys that share 4 scales: index (key % 8) 
 constexpr int kValueGroup = 1024;  // keys over which V has one scale and one shift per channel
 constexpr float kValueMax = .25f;  // magnitude that the largest V of such a group gets
 
-// Blocks of prepare_kv that write a group of 1024 keys together.
-constexpr int blocks_of_group(int width) { return width / 32; }
-
 // All of one contiguous [b, h_kv, ...] each; `width` is head_dim zero-padded to 64, 128 or 256.
 // Packed sequences are one batch entry, in which each begins with a block of 128 keys and a group
 // of 1024 of its own.
@@ -40,9 +37,6 @@ struct PreparedKv {
   // The same; what V has more than codes times scales on average: the mean that was subtracted, and
   // the mean error of the codes.
   float* value_shift;
-  // [groups of 1024 keys] How many blocks have written what is theirs of a group, and with the
-  // first one the mean; null: nobody reads before prepare_kv has ended.
-  int* ready;
 };
 
 constexpr int kQueryBlock = 192;  // rows: the most of a piece of the attention kernel's work
@@ -87,9 +81,6 @@ struct PrepareParams {
   PreparedKv kv;
   PackedOutput packed_output;  // if kv is of packed sequences
   int* work_counter;           // set to zero for the attention kernel; may be null
-  int multiprocessors;         // that prepare K and V, if there are so many
-  // Of a batch: heads at a time whose last groups come first, then those before, and so on.
-  int section;
 };
 
 void launch_prepare_kv(const PrepareParams& params, cudaStream_t stream);
