@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -85,7 +86,8 @@ def plan_graph(function: Callable[..., Any], *args: Any, decompositions: Any = N
         feed = iter(tensors)
         return function(*(next(feed) if isinstance(a, (Node, Planned)) else a for a in args))
 
-    with mode or nullcontext(), torch.no_grad():
+    # With torch's Python decompositions: those in C++ refuse symbolic sizes (matmul, torch 2.12).
+    with mode or nullcontext(), torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(on_inputs, decomposition_table=decompositions or {})(
             *(val(a) for a in inputs)
         )
