@@ -101,9 +101,8 @@ class Consumer {
     }
   }
 
-  // Lets the keys of step n and their scales be overwritten.
+  // Lets the keys of step n be overwritten.
   __device__ __forceinline__ void release_keys(int n) const {
-    __syncwarp();  // all lanes have read their scale
     if (lane_ == 0) barrier_arrive(barriers_.key_empty((count_ + n) % kStages));
   }
 
@@ -124,19 +123,12 @@ class Consumer {
   }
 
   __device__ __forceinline__ void fetch_mask(int n) {
-    if constexpr (C::kHasMask) {
-      if (has_mask()) mask_.fetch(p_, first_key(n), quad_);
-    }
+    if constexpr (C::kHasMask) mask_.fetch(p_, first_key(n), quad_);
   }
 
   // Factor that takes numbers relative to maximum `from` to maximum `to`; both may be -inf.
   __device__ __forceinline__ static float decay(float from, float to) {
     return from == to ? 1.f : exp2_approx((from - to) * kUnit);
-  }
-
-  // Of one instantiation, the caller decides.
-  __device__ __forceinline__ bool has_mask() const {
-    return !C::kIsSplit || p_.mask_kind != MaskKind::kNone;
   }
 
   // Steps of this piece of work, which are the last of those up to steps_.
@@ -160,6 +152,7 @@ class Consumer {
     if constexpr (C::kIsSplit) first_step_ = __shfl_sync(~0u, first_step<C>(p_, work.part), 0);
     last_ = work.keys - 1;
     diagonal_ = work.first_row + row_in_block_ + work.last_key_offset;
+    first_scale_ = work.first_scale + quad_;
     const int place = slot_ * C::kRows + row_in_block_;
     const float* scales = reinterpret_cast<const float*>(shared_ + C::kQueryScaleAt) + place;
     query_scale_[0] = scales[0] * (1.f / kUnit);
@@ -210,7 +203,8 @@ class Consumer {
     const unsigned count = count_ + n, stage = count % kStages;
     if (waits) {
       barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
-      key_scale_ = reinterpret_cast<const float*>(shared_ + C::kKeyScaleAt + stage * 16)[quad_];
+      // Which the producer has waited for as for the keys.
+      key_scale_ = p_.kv.key_scales[first_scale_ + first_key(n) / kKeyBlock128 * 4];
     }
     const uint64_t keys =
         descriptor<kPieceBytes<C::kWidth>>(base_ + C::kKeyAt + stage * C::kKeyBytes);
@@ -364,11 +358,7 @@ class Consumer {
       is_poison[h] = scale[h] != scale[h];
       if (is_poison[h]) scale[h] = 0.f;
     }
-    if (has_mask()) {
-      mask_.add(p_, first_key, quad_, scale, s_);
-    } else {
-      hide_keys(first_key, scale);
-    }
+    mask_.add(p_, first_key, quad_, scale, s_);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       top[h] = -INFINITY;
@@ -377,22 +367,6 @@ class Consumer {
 #pragma unroll
         for (int b = 0; b < 2; b++) top[h] = fmaxf(top[h], __int_as_float(s_[4 * j + 2 * h + b]));
       if (is_poison[h] && top[h] != -INFINITY) poison_ |= 1 << h;
-    }
-  }
-
-  // What add_mask does without one.
-  __device__ __forceinline__ void hide_keys(int first_key, const float (&scale)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int last = last_column(h, first_key);
-#pragma unroll
-      for (int j = 0; j < C::kKeys / 8; j++)
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-          int& number = s_[4 * j + 2 * h + b];
-          const float logit = __int2float_rn(number) * scale[h];
-          number = __float_as_int(8 * j + 2 * quad_ + b <= last ? logit : -INFINITY);
-        }
     }
   }
 
@@ -711,6 +685,7 @@ class Consumer {
   unsigned group_count_ = 0;  // groups of V whose scales were taken
   unsigned work_count_ = 0;
   int slot_, steps_, first_step_, skip_, whole_from_;
+  int first_scale_;      // of the keys, of this thread's four
   int last_, diagonal_;  // the last key there is, and that a causal mask leaves this thread's row
   uint64_t query_;
   float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
