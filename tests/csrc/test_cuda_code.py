@@ -124,8 +124,8 @@ def test_hopper_has_its_instructions_and_a_loop_without_local_memory(source):
     assert len(consumer) < len(code)  # the producer's comes behind
     loop = [consumer[i].opcode for i in sass.main_loop(consumer, {"IGMMA", "QGMMA"})]
     assert not sass.SPILLS & set(loop)
-    if not re.search("masked|split", source.name):  # which have all kinds of masks in them
-        assert len(loop) < 500  # the common case alone
+    if "masked" not in source.name:  # which has all kinds of masks in it
+        assert len(loop) < 600  # the common case alone: a promotion has as many
 
 
 def products(member: sass.Member, architecture: str) -> Counter[str]:

@@ -38,7 +38,7 @@ def test_parts_of_keys(tmp_path):
         blocks = -(-keys // 128)
         assert (count - 1) * size < blocks <= count * size
         assert size >= 4 and count <= 128
-        # Of width numbers in fp32, beside keys and values of two bytes a channel.
-        assert rows * count * 4 <= keys + 4 * rows
-    assert dict(zip(cases, found, strict=True))[4096, 1] == (8, 4)
+        # Of width numbers in fp32, beside keys and values of two bytes a channel, or the query.
+        assert rows * count * 4 <= max(keys / 8 + 4 * rows, 8 * 4 * rows)
+    assert dict(zip(cases, found, strict=True))[4096, 64] == (8, 4)
     assert dict(zip(cases, found, strict=True))[131_072, 1] == (128, 8)

@@ -16,26 +16,28 @@ constexpr float kOffset = 6.f, kLag = 1.75f;
 constexpr float kCodeOfOne = 56.f + 0x1p-8f;
 constexpr float kOneInCode = .25f;  // E4M3 0x28, of the rows behind V that sum P
 constexpr uint32_t kOneCodes = 0x28282828u;
-constexpr int kWorkBytes = 48;  // of a piece of work, in shared memory
+constexpr int kWorkBytes = 64;  // of a piece of work, in shared memory
 
 enum class Mode {
   kMixed,   // no mask, no LSE; part of the exponentials by the linear mantissa
   kPart,    // the same, and the log of the sum that the output was divided by
   kExact,   // no mask; hardware exponentials, LSE if asked for
   kMasked,  // the same with any mask
-  kSplit,   // the same of a part of the keys for few rows, with any mask or none (parts.h)
+  // For few rows and a part of the keys (parts.h), which has an LSE: as kExact and as kMasked.
+  kSplit,
+  kSplitMasked,
 };
 
 // kWidth: head_dim, zero-padded.
 template <int kWidth_, Mode kMode>
 struct Config {
   static constexpr int kWidth = kWidth_;
-  static constexpr bool kIsSplit = kMode == Mode::kSplit;
-  static constexpr bool kHasMask = kMode == Mode::kMasked || kIsSplit;  // or may have
+  static constexpr bool kIsSplit = kMode == Mode::kSplit || kMode == Mode::kSplitMasked;
+  static constexpr bool kHasMask = kMode == Mode::kMasked || kMode == Mode::kSplitMasked;
   static constexpr bool kIsWide = kWidth > 128;
   static constexpr bool kHasLse = kMode != Mode::kMixed;
   // Whether the LSE has a sum of its own, of probabilities that are exact.
-  static constexpr bool kSumsExactly = kMode == Mode::kExact || kHasMask;
+  static constexpr bool kSumsExactly = kMode != Mode::kMixed && kMode != Mode::kPart;
   // Of four 16-key columns of a step, so many take the hardware's exponential; the others, the
   // linear mantissa.
   static constexpr int kExactColumns = kSumsExactly ? 4 : 1;
@@ -48,8 +50,13 @@ struct Config {
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   // In all, the registers that a multiprocessor has; half of them for a single consumer, two of
   // whose blocks may share one.
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kConsumers == 2 ? 232 : 216;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3       ? 152
+                                            : kConsumers == 2     ? 232
+                                            : kHasMask || kIsWide ? 216
+                                                                  : 168;
+  static constexpr int kProducerRegisters = kConsumers == 3   ? 56
+                                            : kConsumers == 2 ? 40
+                                                              : 256 - kConsumerRegisters;
 
   static constexpr int kKeys = kIsWide ? 64 : 128;  // of a step
   static constexpr int kStepsPerGroup = kValueGroup / kKeys;
@@ -67,8 +74,7 @@ struct Config {
   static constexpr int kQueryAt = 0;
   static constexpr int kKeyAt = kQueryAt + 2 * kRows * kWidth;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyBytes;
-  static constexpr int kKeyScaleAt = kValueAt + kStages * kValueBytes;
-  static constexpr int kQueryScaleAt = kKeyScaleAt + kStages * 16;
+  static constexpr int kQueryScaleAt = kValueAt + kStages * kValueBytes;
   static constexpr int kQueryShiftAt = kQueryScaleAt + 2 * kRows * 4;
   static constexpr int kValueScaleAt = kQueryShiftAt + (kHasLse ? 2 * kRows * 4 : 0);
   static constexpr int kWorkAt = kValueScaleAt + kScaleSlots * 2 * kWidth * 4;

@@ -20,8 +20,14 @@ void launch_masked_256(const AttentionParams& params, int multiprocessors, cudaS
 void launch_split_64(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_split_128(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
 void launch_split_256(const AttentionParams& params, int multiprocessors, cudaStream_t stream);
+void launch_split_masked_64(const AttentionParams& params, int multiprocessors,
+                            cudaStream_t stream);
+void launch_split_masked_128(const AttentionParams& params, int multiprocessors,
+                             cudaStream_t stream);
+void launch_split_masked_256(const AttentionParams& params, int multiprocessors,
+                             cudaStream_t stream);
 
-// Behind launch_split.
+// Behind a launch of split keys.
 void merge_parts(const AttentionParams& params, cudaStream_t stream);
 
 }  // namespace torch_sage::sm90

@@ -10,8 +10,8 @@ namespace {
 constexpr int kMergeThreads = 256;
 
 // What numbers relative to maximum `top` count for beside those relative to `largest`.
-__device__ __forceinline__ float weight(float top, float largest) {
-  return top == -INFINITY ? 0.f : exp2f((top - largest) * kMaskedUnit);
+__device__ __forceinline__ float weight(float top, float largest, float unit) {
+  return top == -INFINITY ? 0.f : exp2f((top - largest) * unit);
 }
 
 __device__ __forceinline__ void add(float4& sum, float by, float4 x) {
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t first = static_cast<int64_t>(head) * p.parts.count * rows + row;
   const float4* of_parts = p.parts.sums + first;
   const int warp_lane = threadIdx.x % 32, lane = threadIdx.x % kLanes;
+  const float unit = p.mask_kind == MaskKind::kNone ? 1.f : kMaskedUnit;
   wait_for_previous_kernel();
 
   // Every warp finds the row's sums.
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
   for (int i = warp_lane; i < p.parts.count; i += 32) {
     const float4 part = of_parts[static_cast<int64_t>(i) * rows];
-    const float by = weight(part.x, largest);
+    const float by = weight(part.x, largest, unit);
     divisor = fmaf(by, part.y, divisor);
     exact = fmaf(by, part.z, exact);
   }
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   float4 sum = make_float4(0, 0, 0, 0);
   for (int i = threadIdx.x / kLanes; i < p.parts.count; i += kTurns) {
     const int64_t part = first + static_cast<int64_t>(i) * rows;
-    add(sum, weight(p.parts.sums[part].x, largest),
+    add(sum, weight(p.parts.sums[part].x, largest, unit),
         reinterpret_cast<const float4*>(p.parts.outputs + part * kWidth)[lane]);
   }
   sums[threadIdx.x / kLanes][lane] = sum;
@@ -86,8 +87,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                         row % tokens * p.output_rows.stride_n;
   store(p, place, 4 * lane, result);
   if (p.lse != nullptr && threadIdx.x == 0)
-    p.lse[blockIdx.x] =
-        attends ? natural_lse(largest * kMaskedUnit, exact, of_parts[0].w) : -INFINITY;
+    p.lse[blockIdx.x] = attends ? natural_lse(largest * unit, exact, of_parts[0].w) : -INFINITY;
 }
 
 }  // namespace

@@ -25,19 +25,16 @@ __device__ __forceinline__ void fetch_keys_and_values(const AttentionParams& p, 
     const int64_t first_group = head * p.kv.groups + work.first_group;
     const int8_t* keys = p.kv.key_codes + tile * (kKeyTile * C::kWidth);
     const uint8_t* values = p.kv.value_codes + tile * (kKeyTile * C::kWidth);
-    const float* key_scales = p.kv.key_scales + tile * 2;
     const float* value_scales = p.kv.value_scales + first_group * C::kWidth;
     const float* value_shift = p.kv.value_shift + first_group * C::kWidth;
     const int first = first_step<C>(p, work.part);
     for (int step = work.steps - 1; step >= first; step--, count++) {
       const int stage = count % kStages, phase = (count / kStages) & 1;
       barrier_wait(barriers.key_empty(stage), phase ^ 1);
-      barrier_expect(barriers.key_full(stage), C::kKeyBytes + 16);
+      barrier_expect(barriers.key_full(stage), C::kKeyBytes);
       copy_to_shared(base + C::kKeyAt + stage * C::kKeyBytes,
                      keys + static_cast<int64_t>(step) * C::kKeyBytes, C::kKeyBytes,
                      barriers.key_full(stage));
-      copy_to_shared(base + C::kKeyScaleAt + stage * 16,
-                     key_scales + step * C::kKeys / kKeyBlock128 * 4, 16, barriers.key_full(stage));
       const bool starts_group =
           step == work.steps - 1 || step % C::kStepsPerGroup == C::kStepsPerGroup - 1;
       barrier_wait(barriers.value_empty(stage), phase ^ 1);
@@ -112,7 +109,7 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   constexpr int kBytes = kIsWide ? 4 : 2;
   constexpr int kChunks = C::kIsWide ? 1 : 2;      // of 8 columns, per thread
   constexpr int kLanes = C::kWidth / 8 / kChunks;  // threads of a row
-  static_assert(C::kRows % (32 / kLanes) == 0);    // warps leave the loop as one
+  static_assert(C::kRows % (32 / kLanes) == 0);
   constexpr int kStride = kQueryThreads / kLanes;
   const int part = thread % kLanes;
   const char* rows = static_cast<const char*>(p.query) +
@@ -143,9 +140,13 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
       return x[c];
     }
   };
+  // Of few rows none but those are quantized; warps leave the loop as one.
+  constexpr int kRowsOfWarp = 32 / kLanes;
+  const int end =
+      C::kIsSplit ? (valid_rows + kRowsOfWarp - 1) / kRowsOfWarp * kRowsOfWarp : C::kRows;
   fetch_next(thread / kLanes);
 #pragma unroll 1
-  for (int row = thread / kLanes; row < C::kRows; row += kStride) {
+  for (int row = thread / kLanes; row < end; row += kStride) {
     if constexpr (!kIsWide) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) x[c] = next[c];
@@ -181,6 +182,14 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
 #pragma unroll
       for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
       if (part == 0) shifts[row] = dot * p.scale;
+    }
+  }
+  if constexpr (C::kIsSplit) {
+    constexpr int kEights = C::kWidth / 8;
+    for (int i = end * kEights + thread; i < C::kRows * kEights; i += kQueryThreads) {
+      const int row = i / kEights, column = i % kEights * 8;
+      *reinterpret_cast<uint2*>(codes + image_place<C::kWidth>(row, column)) = make_uint2(0, 0);
+      if (column == 0) scales[row] = shifts[row] = 0.f;
     }
   }
 }

@@ -29,6 +29,7 @@ struct alignas(16) Work {
   int sequence;
   int first_block, first_group;  // of its keys, among those of a head
   int part;                      // of the keys, where they are split
+  int first_scale;               // of its keys, among all
 };
 static_assert(sizeof(Work) == kWorkBytes);
 
@@ -62,6 +63,10 @@ __device__ __forceinline__ void find_packed(const AttentionParams& p, int unit, 
   work.query_start = queries.first;
   work.first_block = first_unit(keys.first, work.sequence, kKeyBlock128);
   work.first_group = first_unit(keys.first, work.sequence, kValueGroup);
+}
+
+__device__ __forceinline__ int64_t key_head(const AttentionParams& p, int sequence, int head) {
+  return static_cast<int64_t>(sequence) * p.heads_kv + head / (p.heads_q / p.heads_kv);
 }
 
 // Without steps if there is none, or nothing to do. Called by whole warps.
@@ -98,6 +103,8 @@ __device__ __forceinline__ Work find_work(const AttentionParams& p, const Schedu
     // Rows without keys have their result already.
     if (work.first_row < 0 || work.first_row >= work.rows || work.keys == 0) return work;
   }
+  work.first_scale = static_cast<int>(
+      (key_head(p, work.batch, work.head) * p.kv.tiles / 2 + work.first_block) * 4);
   work.steps = steps_until<C>(work, min(work.first_row + C::kRows, work.rows) - 1);
   if constexpr (C::kIsSplit) work.steps = min(work.steps, first_step<C>(p, work.part + 1));
   return work;
@@ -117,10 +124,6 @@ __device__ __forceinline__ Work next_work(const AttentionParams& p, const Schedu
     const Work work = find_work<C>(p, s, index);
     if (work.steps > 0 || index >= s.total) return work;
   }
-}
-
-__device__ __forceinline__ int64_t key_head(const AttentionParams& p, int sequence, int head) {
-  return static_cast<int64_t>(sequence) * p.heads_kv + head / (p.heads_q / p.heads_kv);
 }
 
 }  // namespace torch_sage::sm90
