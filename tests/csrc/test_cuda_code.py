@@ -92,7 +92,7 @@ def reports(source: Path) -> dict[str, str]:
 def test_all_but_attention_spills_nothing(source):
     found = reports(source)
     assert found and all("bytes spill stores" in text for text in found.values())
-    assert [name for name, text in found.items() if spills(text) and not is_full(name)] == []
+    assert [name for name, text in found.items() if spills(text) and not rotates(name)] == []
 
 
 def rotates(name: str) -> bool:
@@ -100,24 +100,16 @@ def rotates(name: str) -> bool:
     return re.search(r"PairingE[12]E", name) is not None
 
 
-def is_full(name: str) -> bool:
-    """Return whether a mangled name is that of a kernel that needs more than its registers."""
-    return rotates(name) or re.search(r"kernelILi256Ef", name) is not None
-
-
-def test_what_is_full_keeps_some_words_of_a_block_in_local_memory_in_no_loop():
-    """It holds K and V and needs the tables, or has 512 threads for fp32 K and V.
-
-    Less than a fiftieth of its instructions do that.
-    """
+def test_what_rotates_keeps_some_words_of_a_group_in_local_memory_in_no_inner_loop():
+    """It holds K and V and needs the tables. Less than a fiftieth of its instructions do that."""
     kernels = sass.kernels(built(Path("quantize/cuda/prepare_kv.cu")), "sm_90a")
-    assert sum(map(rotates, kernels)) == 8  # pairings, widths, types
-    full = [code for name, code in kernels.items() if is_full(name)]
-    assert len(full) == 10  # and those of batches and of packed sequences
+    full = [code for name, code in kernels.items() if rotates(name)]
+    assert len(full) == 8  # pairings, widths, types
     for code in full:
         spilled = [i for i, instruction in enumerate(code) if instruction.opcode in sass.SPILLS]
         assert len(spilled) < len(code) / 50
-        assert not any(i in loop for i in spilled for loop in sass.loops(code))
+        *inner, _ = sorted(sass.loops(code), key=len)  # the longest is over groups
+        assert inner and not any(i in loop for i in spilled for loop in inner)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)

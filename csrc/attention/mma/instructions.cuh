@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention/copy_async.cuh"
 #include "attention/mma/params.h"
 #include "attention/shared_address.cuh"
 
@@ -23,20 +24,6 @@ __device__ __forceinline__ int place(int row, int chunk) {
   constexpr int kRowsPerLine = kRowBytes < 128 ? 128 / kRowBytes : 1;
   constexpr int kMask = 8 / kRowsPerLine - 1;
   return row * kRowBytes + ((chunk ^ (row / kRowsPerLine & kMask)) << 4);
-}
-
-// Zeros where nothing is to be read; `from` must be a valid address all the same.
-__device__ __forceinline__ void copy_16_async(uint32_t to, const void* from, bool is_inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(is_inside ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
