@@ -744,7 +744,7 @@ class Preparer {
     extremes_phase_ ^= 1;
     if (thread_ < kWidth) find_scale(group);
     __syncthreads();
-    float code_sums[8] = {};
+    float code_sums[8] = {};  // where the scale is NaN the codes do not matter
     if (is_bf16()) {
       write_bf16(group);
     } else {
@@ -760,33 +760,15 @@ class Preparer {
   __device__ __forceinline__ bool is_bf16() const {
     return p_.kv.value_format == ValueFormat::kBf16;
   }
-  // Rows and channels that there are not have come as zeros.
-  __device__ __forceinline__ void write_bf16(const Group& group) const {
-    constexpr int kRowBytes = 2 * kKeyTile;
-    uint8_t* image = p_.kv.value_codes +
-                     2 * (group.image_at + first_panel() * (kKeyTile * kWidth)) + quad() % 4 * 4;
-#pragma unroll
-    for (int c = 0; c < 8; c++) {
-      const int column = value_column() + c;
-      const uint32_t kept = shared_.scale[column] == 1.f ? ~0u : 0;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {  // of 16 keys: the first two rows, or the others
-        const int chunk = quad() / 4 * 2 + half;
-        const int place = column * kRowBytes + sm90::swizzled<kRowBytes>(chunk, column) * 16;
-#pragma unroll
-        for (int panel = 0; panel < S::kPanels; panel++) {
-          const Vector8<Element>* rows = v_[panel] + 2 * half;
-          if (first_panel() + panel < group.tiles)
-            *reinterpret_cast<uint32_t*>(image + panel * (kRowBytes * kWidth) + place) =
-                bf16_pair(rows[0][c], rows[1][c]) & kept;
-        }
-      }
-    }
+  // Of a thread in an image: its part of 4 keys, one word of E4M3 and two of bf16.
+  template <ValueFormat kFormat>
+  __device__ __forceinline__ uint8_t* value_image(const Group& group) const {
+    return p_.kv.value_codes +
+           (group.image_at + first_panel() * (kKeyTile * kWidth)) * code_bytes(kFormat) +
+           quad() % 4 * 4;
   }
-  // Where the scale is NaN the codes do not matter.
-  __device__ __forceinline__ void write_e4m3(const Group& group, float (&code_sums)[8]) const {
-    uint8_t* image =
-        p_.kv.value_codes + group.image_at + first_panel() * (kKeyTile * kWidth) + quad() % 4 * 4;
+  __device__ __forceinline__ void write_e4m3(const Group& group, float (&code_sums)[8]) {
+    uint8_t* image = value_image<ValueFormat::kE4m3>(group);
     with_rows(group, [&](auto rows) {
 #pragma unroll
       for (int c = 0; c < 8; c++) {
@@ -811,6 +793,31 @@ class Preparer {
         }
         const float2 codes = __half22float2(code_sum);
         code_sums[c] = codes.x + codes.y;
+      }
+    });
+  }
+  // The keys of a thread stand in both halves of 16, in order.
+  __device__ __forceinline__ void write_bf16(const Group& group) {
+    constexpr int kTileBytes = 2 * kKeyTile;
+    uint8_t* image = value_image<ValueFormat::kBf16>(group);
+    with_rows(group, [&](auto rows) {
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+        const int column = value_column() + c;
+        const bool is_finite = shared_.scale[column] == 1.f;
+#pragma unroll
+        for (int panel = 0; panel < S::kPanels; panel++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const auto number = [&](int i) {
+              return rows.has(first_value_row() + value_step(panel, i)) ? v_[panel][i][c] : 0.f;
+            };
+            const int chunk = quad() / 4 * 2 + half;
+            const int place = column * kTileBytes + sm90::swizzled<kTileBytes>(chunk, column) * 16;
+            if (rows.has_tile(first_panel() + panel))
+              *reinterpret_cast<uint32_t*>(image + panel * (kTileBytes * kWidth) + place) =
+                  is_finite ? bf16_pair(number(2 * half), number(2 * half + 1)) : 0;
+          }
       }
     });
   }
