@@ -796,30 +796,28 @@ class Preparer {
       }
     });
   }
-  // The keys of a thread stand in both halves of 16, in order.
-  __device__ __forceinline__ void write_bf16(const Group& group) {
+  // The keys of a thread stand in both halves of 16, in order. Rows and channels that there are not
+  // have come as zeros: to ask for them again takes registers that fp32 does not leave.
+  __device__ __forceinline__ void write_bf16(const Group& group) const {
     constexpr int kTileBytes = 2 * kKeyTile;
     uint8_t* image = value_image<ValueFormat::kBf16>(group);
-    with_rows(group, [&](auto rows) {
 #pragma unroll
-      for (int c = 0; c < 8; c++) {
-        const int column = value_column() + c;
-        const bool is_finite = shared_.scale[column] == 1.f;
+    for (int c = 0; c < 8; c++) {
+      const int column = value_column() + c;
+      const uint32_t kept = shared_.scale[column] == 1.f ? ~0u : 0;
 #pragma unroll
-        for (int panel = 0; panel < S::kPanels; panel++)
+      for (int half = 0; half < 2; half++) {
+        const int chunk = quad() / 4 * 2 + half;
+        const int place = column * kTileBytes + sm90::swizzled<kTileBytes>(chunk, column) * 16;
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const auto number = [&](int i) {
-              return rows.has(first_value_row() + value_step(panel, i)) ? v_[panel][i][c] : 0.f;
-            };
-            const int chunk = quad() / 4 * 2 + half;
-            const int place = column * kTileBytes + sm90::swizzled<kTileBytes>(chunk, column) * 16;
-            if (rows.has_tile(first_panel() + panel))
-              *reinterpret_cast<uint32_t*>(image + panel * (kTileBytes * kWidth) + place) =
-                  is_finite ? bf16_pair(number(2 * half), number(2 * half + 1)) : 0;
-          }
+        for (int panel = 0; panel < S::kPanels; panel++) {
+          const Vector8<Element>* rows = v_[panel] + 2 * half;
+          if (first_panel() + panel < group.tiles)
+            *reinterpret_cast<uint32_t*>(image + panel * (kTileBytes * kWidth) + place) =
+                bf16_pair(rows[0][c], rows[1][c]) & kept;
+        }
       }
-    });
+    }
   }
   // Of the thread's channel.
   __device__ __forceinline__ void find_scale(const Group& group) {
