@@ -130,6 +130,24 @@ def test_strides_change_nothing(dtype: str, layout: str) -> None:
             assert same_numbers(a, b) if a.is_floating_point() else same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_groups_that_blocks_take_one_after_another_are_those_of_each_head(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    """More groups than blocks at once: what one leaves in shared memory must not reach the next."""
+    heads, few = 64, 4
+    sizes = torch.linspace(9, 0, heads, device="cuda")[:, None, None]
+    bias = sizes * torch.randn(2, 2, heads, 1, head_dim, device="cuda")
+    k, v = (bias + torch.randn(2, 2, heads, 2100, head_dim, device="cuda")).to(dtype)
+    at_once = OPS.prepare_kv(k, v)
+    for batch in range(2):
+        for first in range(0, heads, few):
+            some = slice(batch, batch + 1), slice(first, first + few)
+            for found, expected in zip(at_once, OPS.prepare_kv(k[some], v[some]), strict=True):
+                assert same_bits(found[some], expected)
+
+
 def test_means_are_near_those_of_all_tokens() -> None:
     """32 tokens of N(c, 1): four standard errors and the spread over 4,096 channels."""
     bias = 10 * torch.randn(1, 32, 1, 128, device="cuda")
