@@ -56,7 +56,7 @@ def prepare_kv(key: Tensor, value: Tensor, config: SageConfig | str | None = Non
     """
     _require_tensors(key=key, value=value)
     config = as_config(config)
-    widest = max((*key.shape[-1:], *value.shape[-1:]), default=1)
+    widest = max(1, *key.shape[-1:], *value.shape[-1:])
     recipe = _recipe("key", key, config, widest)
     if config.rotation == "hadamard":
         key = rotate(key)

@@ -32,8 +32,10 @@ def loud(n: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    ("row", "head_dim"),
+    [(row, d) for row in ROWS for d in (64, 96, 128, 256) if d <= SUPPORT[row].max_head_dim],
+)
 def test_loud_channels_cost_nothing_when_rotated(row: str, head_dim: int) -> None:
     torch.manual_seed(head_dim)
     inputs = loud(2048, head_dim)

@@ -914,7 +914,8 @@ void launch(const PrepareParams& p, cudaStream_t stream) {
   unsigned size = S::kBlocks;
   if constexpr (kIsPacked) {
     const unsigned longest = p.kv.packed.longest;
-    size = std::min(size, std::bit_ceil((longest + S::kTokens - 1) / S::kTokens));
+    // Two at least: to memcheck a block that is alone in its cluster cannot write to itself.
+    size = std::clamp(std::bit_ceil((longest + S::kTokens - 1) / S::kTokens), 2u, size);
   }
   static_assert(sizeof(Shared<S, kWidth>) <= 227 << 10);
   const auto kernel = prepare_kv_kernel<kWidth, Element, kPairing, kIsPacked>;
