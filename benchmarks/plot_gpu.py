@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from benchmarks.gpu import table
+
+COLUMNS = 3  # of panels, which fill one after another
 
 
 def main() -> None:
@@ -25,8 +28,13 @@ def main() -> None:
     records = measured["records"]
     panels = list(dict.fromkeys(table.title(record) for record in records))
     names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    rows = math.ceil(len(panels) / COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 3.5 * rows), squeeze=False)
+    lines = {}
+    for axis, panel in zip_longest(axes.T.flat, panels):
+        if panel is None:
+            axis.remove()
+            continue
         mine = [record for record in records if table.title(record) == panel]
         lengths = [record["length"] for record in mine]
         for i, name in enumerate(names):
@@ -34,16 +42,17 @@ def main() -> None:
                 speeds = [table.tflops(record, name, call) for record in mine]
                 if all(map(math.isnan, speeds)):
                     continue
-                label = name if call == "whole" else None
-                axis.plot(lengths, speeds, style, color=f"C{i}", label=label, marker=".")
+                (line,) = axis.plot(lengths, speeds, style, color=f"C{i}", marker=".")
+                if call == "whole":
+                    lines[name] = line
         axis.set(title=panel, xlabel="tokens", xscale="log", ylim=(0, None))
         axis.minorticks_off()
         axis.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
     axes[0][0].set_ylabel("TFLOPS: whole op solid, kernel dotted")
-    axes[0][-1].legend(fontsize="small")
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=len(lines))
     figure.suptitle(measured["environment"]["gpu"])
-    figure.tight_layout()
-    figure.savefig(arguments.picture, dpi=120)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(arguments.picture, dpi=80)
 
 
 if __name__ == "__main__":
