@@ -82,7 +82,7 @@ CROSSOVER: dict[str, Rule] = {
         _FULL, _CAUSAL, masked=(Crossover(reuse=1365, multiplications=1.3e8),), ragged=()
     ),
     "cuda.sm90.256": Rule(
-        # The larger totals: 128 heads of 2048 tokens full, of 4096 causal, 1.16 times cuDNN's speed.
+        # Larger totals: 128 heads of 2048 tokens full, 4096 causal, 1.16 times cuDNN's speed.
         full=(
             Crossover(reuse=2048, multiplications=2.7e8),
             Crossover(reuse=1365, multiplications=2.7e11),
