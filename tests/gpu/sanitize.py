@@ -2,9 +2,10 @@
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize``, and the same
 with racecheck, initcheck and synccheck. Names of families (hopper, rotary, packed-hopper, split,
-mma, packed-mma, triton) behind that leave out the others, and ``--short`` gives a member of the
-mma.sync family each shape once, with another dtype and mode of masking every time: racecheck is
-slow. Triton's kernels run each mode of masking with one dtype: every combination is compiled anew.
+mma, packed-mma, triton) behind that leave out the others. racecheck is slow: with ``--short`` a
+shape comes with each dtype and each mode of masking once, in other pairs every time, and to a
+member of the mma.sync family with one pair. Triton's kernels run such pairs alone, since each is
+compiled anew.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that memcheck sees what
 lies behind it.
 """
@@ -178,7 +179,7 @@ def main() -> None:
     """Run the list of the families that are named, by default of all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="family", help=", ".join(FAMILIES))
-    parser.add_argument("--short", action="store_true", help="a part of the mma.sync family's")
+    parser.add_argument("--short", action="store_true", help="a part of them")
     arguments = parser.parse_args()
     families = arguments.families or FAMILIES
     if unknown := set(families) - set(FAMILIES):
@@ -187,8 +188,11 @@ def main() -> None:
     for family in families:
         if family in HOPPER:
             shapes = SHAPES_OF.get(family, (*SHAPES, WIDE))
-            for shape, mode in itertools.product(shapes, modes):
-                HOPPER[family](shape, *mode)
+            for i, shape in enumerate(shapes):
+                turned = CAUSAL[i % 3 :] + CAUSAL[: i % 3]
+                pairs = zip(DTYPES, turned, strict=True)
+                for mode in pairs if arguments.short else modes:
+                    HOPPER[family](shape, *mode)
             continue
         if family == "triton":
             for dtype, causal in zip(DTYPES, CAUSAL, strict=True):
