@@ -1,7 +1,8 @@
 """Speed of the whole op, quantization included, against torch's SDPA.
 
 ``--crossover`` prints the numbers of torch_sage/crossover.py instead, ``--overhead`` the cost of an
-eager call on tiny tensors.
+eager call on tiny tensors. ``--device cuda`` is bench_gpu.py, with its options: kernels alone and
+whole ops beside all peers that are installed.
 """
 
 from __future__ import annotations
@@ -141,7 +142,14 @@ def bench_crossover(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    chosen, rest = choice.parse_known_args()
+    if chosen.device == "cuda":
+        from benchmarks import bench_gpu  # needs Triton
+
+        return bench_gpu.main(rest)
+    parser = argparse.ArgumentParser(description=__doc__, parents=[choice])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--crossover", action="store_true", help="find where SDPA is faster")
     mode.add_argument("--overhead", action="store_true", help="time calls on tiny tensors")

@@ -128,8 +128,8 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def main() -> None:
-    """Parse the command line and run."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, or ``argv``, and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument(
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.06, help="time spent on each call")
     parser.add_argument("--limit", type=float, default=230, help="start no problem after this")
     parser.add_argument("--json", type=Path, help="write it after every problem")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     start = time.perf_counter()
     stamp = environment()
     print(" ".join(f"{name}={value}" for name, value in stamp.items()), flush=True)

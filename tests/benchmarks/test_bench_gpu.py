@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
-from benchmarks import bench_gpu
+from benchmarks import bench_attention, bench_gpu
 from benchmarks.gpu import fp8, peers, problem, table, timing
 from benchmarks.gpu.contender import Contender, Unsupported, module, nothing
 
@@ -151,8 +151,9 @@ def test_a_peer_that_is_absent_fails_or_is_wrong_is_named_and_not_timed(
     monkeypatch.setattr(timing, "turn", turn)
     path = tmp_path / "out.json"
     arguments = f"--head-dims 16 --modes causal --lengths 40 --data-lengths 40 --json {path}"
-    monkeypatch.setattr(sys, "argv", ["bench_gpu", *arguments.split(), "--contenders", *contenders])
-    bench_gpu.main()
+    given = ["--device", "cuda", *arguments.split(), "--contenders", *contenders]
+    monkeypatch.setattr(sys, "argv", ["bench_attention", *given])
+    bench_attention.main()
     printed = capsys.readouterr().out
     assert "without absent: no_such_module: No module named" in printed
     assert "no such mask" in printed and "wrong: relative L1 error 0.200" in printed
