@@ -23,7 +23,9 @@ from torch_sage.reference.quantize import key_groups, value_shift
 GRANULARITY = RECIPE["granularity"]
 
 
-def prepare_kv(key: Tensor, value: Tensor, *, smooth: str, pv: str) -> tuple[Tensor, ...]:
+def prepare_kv(
+    key: Tensor, value: Tensor, *, smooth: str, pv: str = RECIPE["pv"]
+) -> tuple[Tensor, ...]:
     assert pv == RECIPE["pv"]
     width = width_of(key.shape[3], value.shape[3])
     codes, scales, mean = reference.quantize_key(key, smooth="k" in smooth, granularity=GRANULARITY)
