@@ -19,7 +19,8 @@ constexpr float kLag = kValues == ValueFormat::kE4m3 ? 1.75f : 8.f;
 // is not truncated to the code below its own.
 constexpr float kCodeOfOne = 56.f + 0x1p-8f;
 // Of the rows behind V that sum P: E4M3 .25, bf16 1.
-constexpr float kOneInCode = .25f;
+template <ValueFormat kValues>
+constexpr float kOneInCode = kValues == ValueFormat::kE4m3 ? .25f : 1.f;
 template <ValueFormat kValues>
 constexpr uint32_t kOneCodes = kValues == ValueFormat::kE4m3 ? 0x28282828u : 0x3f803f80u;
 constexpr int kWorkBytes = 64;  // of a piece of work, in shared memory

@@ -400,8 +400,12 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kScores / 2; i++)
         p_codes_[i] = pack_bf16(__int_as_float(s_[2 * i]), __int_as_float(s_[2 * i + 1]));
-      return;
+    } else {
+      pack_eight_bits<kHasHidden>(n);
     }
+  }
+  template <bool kHasHidden>
+  __device__ __forceinline__ void pack_eight_bits(int n) {
     // Codes of 16 columns stand in a register: bits that the visible ones take, counted on.
     [[maybe_unused]] int visible_bits[2];
     if constexpr (kHasHidden && kHidesCodes) {
@@ -581,7 +585,7 @@ class Consumer {
 
   // Sum of P over the group.
   __device__ __forceinline__ float group_sum(int h) const {
-    return output(C::kWidth / 2 + 2 * h) * (C::kHasGroupSums ? 1.f / kOneInCode : 1.f);
+    return output(C::kWidth / 2 + 2 * h) * (1.f / kOneInCode<C::kValues>);
   }
   // Number i of the group's P V, without the shift, plus `rest`.
   __device__ __forceinline__ float dequantize(int i, float scale, float rest) const {

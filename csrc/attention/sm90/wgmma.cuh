@@ -155,35 +155,6 @@ struct Values<72, ValueFormat::kBf16> {
 };
 
 template <>
-struct Values<128, ValueFormat::kBf16> {
-  using Register = float;
-  static constexpr int kRegisters = 64;
-  __device__ __forceinline__ static void multiply(float* o, const uint32_t* a, uint64_t b,
-                                                  int add) {
-    asm volatile(
-        "{.reg .pred p;\n"
-        "setp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
-        : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3]), "+f"(o[4]), "+f"(o[5]), "+f"(o[6]),
-          "+f"(o[7]), "+f"(o[8]), "+f"(o[9]), "+f"(o[10]), "+f"(o[11]), "+f"(o[12]), "+f"(o[13]),
-          "+f"(o[14]), "+f"(o[15]), "+f"(o[16]), "+f"(o[17]), "+f"(o[18]), "+f"(o[19]), "+f"(o[20]),
-          "+f"(o[21]), "+f"(o[22]), "+f"(o[23]), "+f"(o[24]), "+f"(o[25]), "+f"(o[26]), "+f"(o[27]),
-          "+f"(o[28]), "+f"(o[29]), "+f"(o[30]), "+f"(o[31]), "+f"(o[32]), "+f"(o[33]), "+f"(o[34]),
-          "+f"(o[35]), "+f"(o[36]), "+f"(o[37]), "+f"(o[38]), "+f"(o[39]), "+f"(o[40]), "+f"(o[41]),
-          "+f"(o[42]), "+f"(o[43]), "+f"(o[44]), "+f"(o[45]), "+f"(o[46]), "+f"(o[47]), "+f"(o[48]),
-          "+f"(o[49]), "+f"(o[50]), "+f"(o[51]), "+f"(o[52]), "+f"(o[53]), "+f"(o[54]), "+f"(o[55]),
-          "+f"(o[56]), "+f"(o[57]), "+f"(o[58]), "+f"(o[59]), "+f"(o[60]), "+f"(o[61]), "+f"(o[62]),
-          "+f"(o[63])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-  }
-};
-
-template <>
 struct Values<136, ValueFormat::kBf16> {
   using Register = float;
   static constexpr int kRegisters = 68;
@@ -214,17 +185,16 @@ struct Values<136, ValueFormat::kBf16> {
 };
 
 // More columns than one instruction has: rows of b from 128 on lie behind the others.
-template <ValueFormat kFormat>
-struct Values<264, kFormat> {
-  using First = Values<128, kFormat>;
-  using Register = typename First::Register;
-  using Second = Values<136, kFormat>;
+template <>
+struct Values<264, ValueFormat::kE4m3> {
+  using First = Values<128, ValueFormat::kE4m3>;
+  using Second = Values<136, ValueFormat::kE4m3>;
+  using Register = First::Register;
   static constexpr int kRegisters = First::kRegisters + Second::kRegisters;
   __device__ __forceinline__ static void multiply(Register* o, const uint32_t* a, uint64_t b,
                                                   int add) {
-    constexpr int kRowBytes = kKeyTile * code_bytes(kFormat);
     First::multiply(o, a, b, add);
-    Second::multiply(o + First::kRegisters, a, b + (128 * kRowBytes >> 4), add);
+    Second::multiply(o + First::kRegisters, a, b + (128 * kKeyTile >> 4), add);
   }
 };
 
