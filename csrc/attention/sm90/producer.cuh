@@ -98,6 +98,12 @@ __device__ __forceinline__ float magnitude(uint32_t largest) {
                                     : __half2float(__ushort_as_half(larger >> 16));
 }
 
+// The element of the query with which the rows of a piece of work begin.
+__device__ __forceinline__ int64_t first_of_query(const AttentionParams& p, const Work& work) {
+  return work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
+         (work.query_start + work.first_row) * p.query_rows.stride_n;
+}
+
 // Quantizes the query rows of one piece of work per row: codes to shared memory as wgmma's swizzle
 // wants them, scales times |softmax scale| * log2(e); a negative softmax scale is in the codes.
 template <class C, Dtype kDtype>
@@ -111,10 +117,8 @@ __device__ __forceinline__ void quantize_query_rows(const AttentionParams& p, co
   static_assert(C::kRows % (32 / kLanes) == 0);
   constexpr int kStride = kQueryThreads / kLanes;
   const int part = thread % kLanes;
-  const char* rows = static_cast<const char*>(p.query) +
-                     (work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
-                      (work.query_start + work.first_row) * p.query_rows.stride_n + part * 8) *
-                         kBytes;
+  const char* rows =
+      static_cast<const char*>(p.query) + (first_of_query(p, work) + part * 8) * kBytes;
   const int64_t row_bytes = p.query_rows.stride_n * kBytes;
   const float* mean = p.kv.key_mean + key_head(p, work.sequence, work.head) * p.key_mean_columns;
   const int valid_rows = min(C::kRows, work.rows - work.first_row);
@@ -213,10 +217,7 @@ template <class C>
 __device__ __forceinline__ void prefetch_query_rows(const AttentionParams& p, const Work& work) {
   constexpr int kLineBytes = 128;
   const int element = p.dtype == Dtype::kFloat32 ? 4 : 2;
-  const char* rows = static_cast<const char*>(p.query) +
-                     (work.batch * p.query_rows.stride_b + work.head * p.query_rows.stride_h +
-                      (work.query_start + work.first_row) * p.query_rows.stride_n) *
-                         element;
+  const char* rows = static_cast<const char*>(p.query) + first_of_query(p, work) * element;
   const int64_t row_bytes = p.query_rows.stride_n * element;
   const int valid_rows = min(C::kRows, work.rows - work.first_row);
   for (int row = threadIdx.x % 32; row < valid_rows; row += 32)

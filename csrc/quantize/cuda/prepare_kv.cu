@@ -18,6 +18,7 @@
 
 #include "attention/copy_async.cuh"
 #include "attention/sm90/ptx.cuh"
+#include "attention/store.cuh"
 #include "common/packed.cuh"
 #include "cuda/error.h"
 #include "quantize/cuda/extremes.cuh"
@@ -223,13 +224,6 @@ __device__ __forceinline__ uint32_t e4m3_pair(float low, float high, __half2& va
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
   values = *reinterpret_cast<const __half2*>(&halves);
   return codes;
-}
-
-// Two numbers as bf16, rounded to nearest even; what is finite stays finite.
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
 }
 
 // Folds 8 numbers of each of 16 lanes over the lanes; a lane gets number `lane % 8`.
@@ -814,7 +808,7 @@ class Preparer {
           const Vector8<Element>* rows = v_[panel] + 2 * half;
           if (first_panel() + panel < group.tiles)
             *reinterpret_cast<uint32_t*>(image + panel * (kTileBytes * kWidth) + place) =
-                bf16_pair(rows[0][c], rows[1][c]) & kept;
+                pack_halves(Dtype::kBFloat16, rows[0][c], rows[1][c]) & kept;
         }
       }
     }
