@@ -87,7 +87,7 @@ def test_compiled_models_use_the_op(preset: str, dynamic: bool, mode: str | None
     assert report.rewritten > 0 and report.skipped == 0
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "auto"])
+@pytest.mark.parametrize("preset", [x for x, config in PRESETS.items() if config.qk != "auto"])
 @pytest.mark.parametrize("head_dim", [64, 128, 200])
 def test_presets_run_the_recipe_that_they_name(preset: str, head_dim: int) -> None:
     config = PRESETS[preset].with_options(dispatch="always", on_unsupported="error")
@@ -109,7 +109,7 @@ def test_the_gpu_has_a_row_of_the_table() -> None:
 
 def test_autocast() -> None:
     q, k, v = qkv(1, 2, 200, 64, dtype=torch.float32)
-    config = SageConfig(dispatch="always", pv="half", smooth_v=False)
+    config = SageConfig(dispatch="always", granularity="thread", pv="half", smooth_v=False)
     with torch.autocast("cuda", torch.bfloat16):
         output = torch_sage.scaled_dot_product_attention(q, k, v, config=config)
     assert output.dtype == torch.bfloat16

@@ -37,7 +37,7 @@ from tests.gpu.test_sm90_prepared import KEYS, check_key, make_kv
 from tests.numerics import output_budget_use, same_bits
 from tests.rotary import ROTARY_CASES, RotaryCase, arguments, rotated
 from torch_sage import SageConfig, reference
-from torch_sage.recipes import SUPPORT
+from torch_sage.recipes import SUPPORT, resolve_in
 
 ROW = "cuda.sm90.half"
 ALL_CASES = {
@@ -167,6 +167,16 @@ def test_functions_run_the_recipe() -> None:
     for given in (None, config):
         found = torch_sage.attention_prepared(q, prepared, is_causal=True, config=given)
         assert same_bits(found, whole)
+
+
+def test_wider_heads_get_their_16_bits_from_mma_sync() -> None:
+    q, k, v = torch.randn(3, 2, 4, 300, 200, device="cuda", dtype=torch.bfloat16).unbind()
+    config = SageConfig.preset("accurate").with_options(dispatch="always")
+    with torch.no_grad():
+        found = torch_sage.scaled_dot_product_attention(q, k, v, config=config)
+    recipe = resolve_in("cuda.sm89", config, torch.bfloat16)
+    assert recipe.pv == "bf16"
+    assert same_bits(found, OPS.sdpa(q, k, v, **recipe.op_kwargs()))
 
 
 @pytest.mark.parametrize(

@@ -596,8 +596,7 @@ class Consumer {
   __device__ __forceinline__ void finish_work(bool& is_live) {
     const unsigned last_stage = (count_ + length() - 1) % kStages;
     const Place place = place_of(works_[slot_]);
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(barriers_.query_empty(slot_));
+    barrier_arrive(barriers_.query_empty(slot_));  // every thread that has read scales and work
     const float top[2] = {max_[0], max_[1]};
     float poison[2], sum[2], shift[2];
 #pragma unroll

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kConsumers == 1 ? 2 : 1)
     }
     for (int slot = 0; slot < 2; slot++) {
       barrier_init(barriers.query_full(slot), kQueryThreads);
-      barrier_init(barriers.query_empty(slot), C::kConsumers * 4);
+      barrier_init(barriers.query_empty(slot), C::kConsumers * kWarpgroup);
       barrier_init(barriers.work_ready(slot), 1);
     }
     fence_barriers();
