@@ -39,7 +39,7 @@ class Consumer {
     bool is_live = begin();
     if (!is_live) return;  // of packed sequences there may be fewer pieces than blocks
     skip_keys(true);
-    multiply_keys(skip_, true);
+    multiply_keys<true>(skip_, true);
     skip_values(true);
 #pragma unroll 1
     while (is_live) {
@@ -110,7 +110,7 @@ class Consumer {
   // Scores and P of step n; P V of the one before is added.
   template <bool kHasHidden>
   __device__ __forceinline__ bool take_step(int n, float (&factor)[2], float (&old_max)[2]) {
-    multiply_keys(n, true);
+    multiply_keys<false>(n, true);
     multiply_values(n - 1);
     wgmma_wait<1>();
     old_max[0] = max_[0];
@@ -200,12 +200,22 @@ class Consumer {
     __syncwarp();
   }
 
+  // Of this thread's keys of step n.
+  __device__ __forceinline__ float key_scale(int n) const {
+    return p_.kv.key_scales[first_scale_ + first_key(n) / kKeyBlock128 * 4];
+  }
+
+  // Who has waited for any keys may read all that prepare_kv wrote, since the producer waited for
+  // that. So the scale of a step may be on its way a step ahead, which it has to be where there are
+  // less than three warpgroups to wait for each other.
+  template <bool kIsFirst>
   __device__ __forceinline__ void multiply_keys(int n, bool waits) {
+    constexpr bool kIsAhead = C::kConsumers < 3;
     const unsigned count = count_ + n, stage = count % kStages;
     if (waits) {
       barrier_wait(barriers_.key_full(stage), (count / kStages) & 1);
-      // Which the producer has waited for as for the keys.
-      key_scale_ = p_.kv.key_scales[first_scale_ + first_key(n) / kKeyBlock128 * 4];
+      key_scale_ = kIsFirst || !kIsAhead ? key_scale(n) : next_key_scale_;
+      if constexpr (kIsAhead) next_key_scale_ = key_scale(min(n + 1, steps_ - 1));
     }
     const uint64_t keys =
         descriptor<kPieceBytes<C::kWidth>>(base_ + C::kKeyAt + stage * C::kKeyBytes);
@@ -612,7 +622,7 @@ class Consumer {
     is_live = begin();
     skip_keys(is_live);
     // Without a next piece of work this multiplies stale shared memory; nobody reads the result.
-    multiply_keys(skip_, is_live);
+    multiply_keys<true>(skip_, is_live);
     wgmma_wait<1>();
     if (lane_ == 0) barrier_arrive(barriers_.value_empty(last_stage));
     const float* scales = group_scales();
@@ -760,7 +770,7 @@ class Consumer {
   int first_scale_;      // of the keys, of this thread's four
   int last_, diagonal_;  // the last key there is, and that a causal mask leaves this thread's row
   uint64_t query_;
-  float key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
+  float key_scale_, next_key_scale_, query_scale_[2], lse_shift_[2], sum_[2];
   float max_[2], buffer_max_[2];
   int poison_;  // bit h: the row has seen a key whose scale is NaN
   bool buffer_is_used_;
