@@ -2,6 +2,12 @@
 
 Their weights come from the packages that the demo names. Where those are not installed, a few
 layers of the same architecture have random weights, and the name of the test says so.
+
+bf16 alone moves the answers of eager SDPA about as far as the demo allows in fp32, so both are
+compared with fp32, and ours may be off by what the demo allows and twice what bf16 is, as in
+budgets. That is what "accurate" keeps, with P and V in 16 bits. Where they have 8, as "auto" has
+them on some GPUs, answers move further, and may by a fifth of how far FP8 without smoothing moves
+them: its scales count by head, its P like ours as E4M3, all else is exact.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -136,33 +143,62 @@ def named(build: Callable[[], Subject], package: DataPackage) -> Any:
     return pytest.param(build, id=f"{build.__name__}, {weights}")
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def as_e4m3(x: Tensor) -> Tensor:
+    """Return what E4M3 keeps of ``x``, with a scale for each head."""
+    scale = x.float().abs().amax((-1, -2), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def fp8_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **others: Any
+) -> Tensor:
+    """Attention of operands in E4M3, and P, of which the largest is 256."""
+    unused = {"attn_mask": None, "dropout_p": 0.0, "scale": query.shape[3] ** -0.5}
+    for name, argument in others.items():
+        assert name == "enable_gqa" or argument in (None, unused[name]), (name, argument)
+    grouped = query.shape[1] // key.shape[1]
+    key, value = (as_e4m3(x).repeat_interleave(grouped, 1) for x in (key, value))
+    score = as_e4m3(query) @ key.mT * query.shape[3] ** -0.5
+    if is_causal:
+        score = score.where(torch.ones_like(score[0, 0], dtype=torch.bool).tril(), -torch.inf)
+    p = (score - score.amax(-1, keepdim=True)).exp()
+    product = (256 * p).to(torch.float8_e4m3fn).float() / 256 @ value
+    return (product / p.sum(-1, keepdim=True)).to(query.dtype)
+
+
+@pytest.mark.parametrize(
+    ("preset", "mode"),
+    [("auto", "reduce-overhead"), ("auto", "max-autotune"), ("accurate", "reduce-overhead")],
+)
 @pytest.mark.parametrize("build", [named(smollm2, SMOLLM2), named(dinov2, DINOV2)])
 def test_a_compiled_model_keeps_the_demos_promises(
-    build: Callable[[], Subject], mode: str, one_at_a_time: None, record_property: Any
+    build: Callable[[], Subject],
+    preset: str,
+    mode: str,
+    one_at_a_time: None,
+    record_property: Any,
 ) -> None:
-    """Every layer is rewritten in one graph; beyond what bf16 costs, the demo's bounds hold.
-
-    bf16 alone moves the answers of eager SDPA about as far as the demo allows in fp32, so both are
-    compared with fp32: ours may be off by that much and twice what bf16 is, as in budgets.
-    """
+    """Every layer is rewritten in one graph, and the answers are as good as promised above."""
     subject = build()
     with torch.inference_mode():
         exact = answers(subject.part, subject.inputs)
         part, inputs = subject.part.bfloat16(), in_bf16(subject.inputs)
         plain = answers(part, inputs)
+        with mock.patch.object(F, "scaled_dot_product_attention", fp8_attention):
+            eight_bits = answers(part, inputs)
         torch._dynamo.reset()
         counters.clear()
-        config = SageConfig(dispatch="always", on_unsupported="error")
+        config = SageConfig.preset(preset).with_options(dispatch="always", on_unsupported="error")
         fast = torch.compile(
             part, fullgraph=True, dynamic=False, options=torch_sage.options(config, mode=mode)
         )
         for _ in range(3):  # to compile, to record, to replay
             found = answers(fast, inputs)
-        ours, bf16 = subject.error(found, exact), subject.error(plain, exact)
-    record_property("error", ours)
-    record_property("error of bf16", bf16)
+        ours, bf16, fp8 = (subject.error(x, exact) for x in (found, plain, eight_bits))
+    for name, error in (("error", ours), ("error of bf16", bf16), ("error of FP8", fp8)):
+        record_property(name, error)
     report = torch_sage.report()
     assert report.rewritten == subject.layers and report.skipped == 0, report
     assert not counters["graph_break"]
-    assert ours <= subject.allowed + 2 * bf16
+    allowed = subject.allowed + 2 * bf16
+    assert ours <= (allowed if preset == "accurate" else allowed + fp8 / 5)
